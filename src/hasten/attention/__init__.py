@@ -1,0 +1,5 @@
+"""Attention: which kernel computes it."""
+
+from hasten.attention.backend import AttentionBackend
+
+__all__ = ["AttentionBackend"]

@@ -1,0 +1,7 @@
+"""Caches: reuse of intermediate results over denoising steps, without training."""
+
+from hasten.cache.deep_cache import DeepCache
+from hasten.cache.first_block import FirstBlockCache
+from hasten.cache.fora import FORA
+
+__all__ = ["FORA", "DeepCache", "FirstBlockCache"]

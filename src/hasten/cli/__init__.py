@@ -1,0 +1,25 @@
+"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`."""
+
+from __future__ import annotations
+
+import typer
+
+from hasten.cli import compare, generate, inspect, techniques
+
+app = typer.Typer(
+    name="hasten",
+    help="Accelerate diffusion models, and see what each change did to time, memory and the picture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("compare")(compare.compare)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("techniques")(techniques.techniques)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

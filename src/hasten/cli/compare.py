@@ -1,0 +1,71 @@
+"""`hasten compare`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hasten.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    GuidanceOption,
+    ModelArgument,
+    RecipeOption,
+    SizeOption,
+    StepsOption,
+    adjusted,
+    out,
+    quiet,
+    read_prompts,
+    reports_errors,
+)
+from hasten.models import DEFAULT
+
+
+@reports_errors
+def compare(
+    model: ModelArgument = DEFAULT,
+    recipe: RecipeOption = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt (class name for DiT); repeat for several.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt a line.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt, with seeds 0, 1, ...")] = 1,
+    steps: StepsOption = None,
+    size: SizeOption = None,
+    guidance: GuidanceOption = None,
+    runs: Annotated[int, typer.Option(min=1, help="Time each picture so many times.")] = 1,
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where pictures and report go.")] = Path("hasten-report"),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    fewer_steps: Annotated[bool, typer.Option(help="Add the rows: plain with fewer steps at the same time.")] = True,
+) -> None:
+    """Run recipes on the same prompts and seeds; write a table, report.html and comparison.json.
+
+    Without arguments: the bundled emoji-flux model with a ladder of recipes, no network and no GPU needed.
+    """
+    from hasten.core.expression import load_recipe
+    from hasten.core.files import ensure_writable
+    from hasten.measure.compare import compare as run
+    from hasten.measure.defaults import default_recipes
+    from hasten.measure.progress import OnTerminal
+    from hasten.models import load
+
+    wanted = [(text, load_recipe(text)) for text in recipe or ()]
+    given = (*(prompt or ()), *(read_prompts(prompts) if prompts else ()))
+    ensure_writable(folder)
+    quiet()
+    loaded = load(model, device=device, dtype=dtype)
+    workload = adjusted(
+        loaded.workload, prompts=given, seeds=tuple(range(seeds)), steps=steps, size=size, guidance=guidance
+    )
+    recipes = wanted or default_recipes(loaded)
+    with OnTerminal(out) as progress:
+        result = run(
+            loaded.pipeline, recipes, workload,
+            runs=runs, out=folder, fewer_steps=fewer_steps, progress=progress, title=loaded.name,
+        )  # fmt: skip
+    out.print(result.table())
+    out.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)
+    if result.incomplete:
+        raise typer.Exit(130)

@@ -1,0 +1,123 @@
+"""Files written completely or not at all (under a temporary name, then renamed), and strict JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn, cast
+
+from hasten.core.errors import HastenError
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` as UTF-8 like `atomic_write_bytes`; lone surrogates are written as `\\udcff`."""
+    return atomic_write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write `data` to `path`, which holds the old or the new content at any time; return the path.
+
+    Missing parent folders are created. Raises HastenError when the folder or the file cannot be written.
+    """
+    target = Path(path)
+    ensure_folder(target.parent)
+    if target.is_dir():
+        raise HastenError(f"Cannot write the file {target}: a folder of that name is there.")
+    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
+    try:
+        _write_through(temporary, data)
+        temporary.replace(target)
+    except OSError as error:
+        raise HastenError(f"Cannot write {target.name} into {target.parent}: {_reason(error)}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return target
+
+
+def ensure_folder(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` and its parents where missing and return it; raises HastenError when it cannot."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HastenError(f"Cannot create the folder {path}: {_reason(error)}.") from error
+    return path
+
+
+def read_json(path: str | os.PathLike[str]) -> object:
+    """Read a JSON file; raises HastenError naming the file, and line and column of what is no JSON."""
+    file = Path(path)
+    try:
+        return json.loads(file.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise HastenError(f"There is no file {file}.") from error
+    except OSError as error:
+        raise HastenError(f"Cannot read {file}: {_reason(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise HastenError(f"{file} is not UTF-8 text (byte {error.start}), so it is no JSON file.") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise HastenError(f"{file}, {place}: not valid JSON: {error.msg}.") from error
+    except RecursionError as error:
+        raise HastenError(f"{file} is nested too deeply.") from error
+    except ValueError as error:  # NaN, Infinity, or a number with thousands of digits
+        raise HastenError(f"{file} is not valid JSON: {error}.") from error
+
+
+def json_text(data: object) -> str:
+    """JSON with one line per entry and plain lists on one line; raises HastenError for NaN and infinity."""
+    try:
+        return _laid_out(data, "\n") + "\n"
+    except ValueError as error:
+        raise HastenError("NaN and infinite numbers cannot be written as JSON.") from error
+
+
+def _laid_out(value: object, newline: str) -> str:
+    deeper = newline + "  "
+    if isinstance(value, Mapping) and value:
+        pairs = cast("Mapping[str, object]", value).items()
+        return (
+            "{" + ",".join(f"{deeper}{_scalar(k)}: {_laid_out(v, deeper)}" for k, v in pairs) + newline + "}"
+        )
+    if isinstance(value, list | tuple):
+        items = cast("list[object]", value)
+        if any(isinstance(item, Mapping | list | tuple) for item in items):
+            return "[" + ",".join(deeper + _laid_out(item, deeper) for item in items) + newline + "]"
+        return "[" + ", ".join(map(_scalar, items)) + "]"
+    return _scalar(value)
+
+
+def _scalar(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it contains {name}")
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def ensure_writable(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` where missing and check that files can be made in it, before any long work begins."""
+    path = ensure_folder(folder)
+    probe = path / f".hasten-{secrets.token_hex(4)}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise HastenError(f"Cannot write into the folder {path}: {_reason(error)}.") from error
+    return path

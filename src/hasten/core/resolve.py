@@ -1,0 +1,82 @@
+"""Orders a recipe's techniques and refuses combinations that cannot work, before anything is loaded or changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from hasten.core.errors import Refused
+from hasten.core.recipe import Recipe, short
+from hasten.core.target import Target
+from hasten.core.technique import Technique
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe in the order of application, checked against a target; `refusals` is empty when it can run."""
+
+    target: Target
+    techniques: tuple[Technique, ...]
+    refusals: tuple[str, ...]
+
+    def check(self) -> Plan:
+        """Return itself, or raise Refused with every reason."""
+        if self.refusals:
+            raise Refused(self.refusals)
+        return self
+
+    def explain(self) -> str:
+        """The order of application, one technique a line."""
+        lines = [f"{i}. {short(t)}  [{t.stage.name.lower()}]" for i, t in enumerate(self.techniques, 1)]
+        return "\n".join(lines) or "nothing to apply"
+
+
+def resolve(recipe: Recipe, target: Target) -> Plan:
+    """Sort by stage (ties by name, then by settings) and collect every reason against the combination."""
+    ordered = tuple(sorted(recipe, key=lambda item: (item.stage, type(item).__name__, repr(item))))
+    refusals = [*_conflicts(ordered), *_problems(ordered, target)]
+    return Plan(target, ordered, tuple(dict.fromkeys(refusals)))
+
+
+def _problems(techniques: tuple[Technique, ...], target: Target) -> Iterator[str]:
+    for item in techniques:
+        for sentence in item.problems(target):
+            yield f"{type(item).__name__}: {sentence}"
+
+
+def _conflicts(techniques: tuple[Technique, ...]) -> Iterator[str]:
+    for one, other in itertools.combinations(techniques, 2):
+        if shared := next((a for a in one.claims() for b in other.claims() if overlap(a, b)), None):
+            names = f"{type(one).__name__} and {type(other).__name__}"
+            if type(one) is type(other):
+                names = f"two {type(one).__name__}"
+            yield f"{names} both take {describe_claim(shared)}; keep one of them."
+
+
+def overlap(one: str, other: str) -> bool:
+    """Do two claims, `resource` or `resource:glob`, name a common resource?"""
+    (kind, _, pattern), (other_kind, _, other_pattern) = one.partition(":"), other.partition(":")
+    if kind != other_kind:
+        return False
+    pattern, other_pattern = pattern or "*", other_pattern or "*"
+    return fnmatchcase(pattern, other_pattern) or fnmatchcase(other_pattern, pattern)
+
+
+CLAIMS = {
+    "attention.kernel": "the choice of the attention kernel",
+    "stack.compute": "the decision which blocks to compute",
+    "graph": "the compilation of the blocks",
+    "layout": "the memory layout of the weights",
+    "linear.weight": "the weights of the same linear layers",
+    "residency": "the placement of the weights",
+}
+"""Resources in words, for refusals; a claim not listed here is shown as written."""
+
+
+def describe_claim(claim: str) -> str:
+    """Say in words what a claim is about."""
+    kind, _, pattern = claim.partition(":")
+    words = CLAIMS.get(kind, kind)
+    return words if pattern in ("", "*") else f"{words} ({pattern})"

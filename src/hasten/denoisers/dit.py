@@ -1,0 +1,81 @@
+"""DiT: class-conditional transformer; every block makes its own modulation from timestep and class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
+from hasten.denoisers._inputs import normal
+
+__all__ = ["DIT"]
+
+
+def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    """Height and width must be equal: the model unpatchifies to a square. There is no text."""
+    return {
+        "hidden_states": normal(generator, size.batch, config["in_channels"], size.height, size.width),
+        "timestep": torch.full((size.batch,), 500),
+        "class_labels": torch.randint(config["num_embeds_ada_norm"], (size.batch,), generator=generator),
+    }
+
+
+def _released(pixels: int) -> Released:
+    return Released(
+        config={
+            "sample_size": pixels // 8,
+            "num_layers": 28,
+            "attention_head_dim": 72,
+            "num_attention_heads": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 8,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_zero",
+            "norm_elementwise_affine": False,
+        },
+        width=pixels,
+        height=pixels,
+        steps=50,
+        text_tokens=0,
+        pipeline="DiTPipeline",
+        source=f"https://huggingface.co/facebook/DiT-XL-2-{pixels}",
+    )
+
+
+DIT = DenoiserSpec(
+    name="dit",
+    model_class="DiTTransformer2DModel",
+    tiny={
+        "sample_size": 16,
+        "num_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_embeds_ada_norm": 10,
+    },
+    inputs=_inputs,
+    stacks=(
+        Stack(
+            path="transformer_blocks",
+            block="BasicTransformerBlock",
+            takes=("hidden_states",),
+            returns=("hidden_states",),
+            denoised="hidden_states",
+            branches=("attn1", "ff"),
+        ),
+    ),
+    repeated_blocks=("BasicTransformerBlock",),
+    attention=("Attention",),
+    modulation=(
+        "transformer_blocks.*.norm1.emb.timestep_embedder.linear_?",
+        "transformer_blocks.*.norm1.linear",
+        "proj_out_1",
+    ),
+    released={"DiT-XL-2-256": _released(256), "DiT-XL-2-512": _released(512)},
+)

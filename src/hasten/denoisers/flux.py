@@ -1,0 +1,104 @@
+"""FLUX.1: double-stream blocks (text beside picture), then single-stream blocks; guidance is embedded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
+from hasten.denoisers._inputs import grid_ids, normal
+
+__all__ = ["FLUX"]
+
+
+def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    height, width = size.height // 2, size.width // 2  # 2 x 2 latent pixels are packed into one token
+    given = {
+        "hidden_states": normal(generator, size.batch, height * width, config["in_channels"]),
+        "encoder_hidden_states": normal(
+            generator, size.batch, size.text_tokens, config["joint_attention_dim"]
+        ),
+        "pooled_projections": normal(generator, size.batch, config["pooled_projection_dim"]),
+        "timestep": torch.full((size.batch,), 0.5),
+        "img_ids": grid_ids(height, width),
+        "txt_ids": torch.zeros(size.text_tokens, 3),
+    }
+    if config.get("guidance_embeds"):
+        given["guidance"] = torch.full((size.batch,), 3.5)
+    return given
+
+
+def _released(name: str, *, guidance_embeds: bool, steps: int, text_tokens: int) -> Released:
+    return Released(
+        config={
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": guidance_embeds,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        width=1024,
+        height=1024,
+        steps=steps,
+        text_tokens=text_tokens,
+        pipeline="FluxPipeline",
+        source=f"https://huggingface.co/black-forest-labs/{name}",
+    )
+
+
+FLUX = DenoiserSpec(
+    name="flux",
+    model_class="FluxTransformer2DModel",
+    tiny={
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 3,
+        "num_single_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6),
+    },
+    inputs=_inputs,
+    stacks=(
+        Stack(
+            path="transformer_blocks",
+            block="FluxTransformerBlock",
+            takes=("hidden_states", "encoder_hidden_states"),
+            returns=("encoder_hidden_states", "hidden_states"),
+            denoised="hidden_states",
+            branches=("attn", "ff", "ff_context"),
+        ),
+        Stack(
+            path="single_transformer_blocks",
+            block="FluxSingleTransformerBlock",
+            takes=("hidden_states", "encoder_hidden_states"),
+            returns=("encoder_hidden_states", "hidden_states"),
+            denoised="hidden_states",
+            branches=("proj_out",),  # projects attention and feed-forward together
+            feeders={"proj_out": ("attn", "proj_mlp")},
+        ),
+    ),
+    repeated_blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    attention=("FluxAttention",),
+    guidance="embedded",
+    modulation=(
+        "time_text_embed.*.linear_?",
+        "transformer_blocks.*.norm1.linear",
+        "transformer_blocks.*.norm1_context.linear",
+        "single_transformer_blocks.*.norm.linear",
+        "norm_out.linear",
+    ),
+    released={
+        "FLUX.1-dev": _released("FLUX.1-dev", guidance_embeds=True, steps=28, text_tokens=512),
+        "FLUX.1-schnell": _released("FLUX.1-schnell", guidance_embeds=False, steps=4, text_tokens=256),
+    },
+)

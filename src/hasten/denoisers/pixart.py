@@ -1,0 +1,103 @@
+"""PixArt-alpha and -Sigma: one modulation for all blocks plus a table in each; text by cross-attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
+from hasten.denoisers._inputs import normal
+
+__all__ = ["PIXART"]
+
+
+def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    """The prompt fills three quarters of the text tokens; a mask excludes the rest, as in the pipelines."""
+    mask = torch.ones(size.batch, size.text_tokens)
+    mask[:, (3 * size.text_tokens + 3) // 4 :] = 0
+    sizes = {
+        "resolution": torch.tensor([[8.0 * size.height, 8.0 * size.width]]).repeat(size.batch, 1),
+        "aspect_ratio": torch.full((size.batch, 1), size.height / size.width),
+    }
+    has_sizes = config.get("use_additional_conditions")
+    if has_sizes is None:  # the class then decides by the size it was trained for
+        has_sizes = config["sample_size"] == 128
+    return {
+        "hidden_states": normal(generator, size.batch, config["in_channels"], size.height, size.width),
+        "encoder_hidden_states": normal(generator, size.batch, size.text_tokens, config["caption_channels"]),
+        "encoder_attention_mask": mask,
+        "timestep": torch.full((size.batch,), 500),
+        "added_cond_kwargs": sizes if has_sizes else {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def _released(name: str, *, pixels: int, text_tokens: int, sizes: bool, pipeline: str) -> Released:
+    return Released(
+        config={
+            "sample_size": pixels // 8,
+            "num_layers": 28,
+            "attention_head_dim": 72,
+            "num_attention_heads": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 8,
+            "cross_attention_dim": 1152,
+            "caption_channels": 4096,
+            "interpolation_scale": pixels // 512,
+            "use_additional_conditions": sizes,
+        },
+        width=pixels,
+        height=pixels,
+        steps=20,
+        text_tokens=text_tokens,
+        pipeline=pipeline,
+        source=f"https://huggingface.co/PixArt-alpha/{name}",
+    )
+
+
+PIXART = DenoiserSpec(
+    name="pixart",
+    model_class="PixArtTransformer2DModel",
+    tiny={
+        "sample_size": 16,
+        "num_layers": 4,
+        "attention_head_dim": 24,
+        "num_attention_heads": 2,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "cross_attention_dim": 48,
+        "caption_channels": 16,
+        "use_additional_conditions": False,
+    },
+    inputs=_inputs,
+    stacks=(
+        Stack(
+            path="transformer_blocks",
+            block="BasicTransformerBlock",
+            takes=("hidden_states",),
+            returns=("hidden_states",),
+            denoised="hidden_states",
+            branches=("attn1", "attn2", "ff"),
+        ),
+    ),
+    repeated_blocks=("BasicTransformerBlock",),
+    attention=("Attention",),
+    modulation=("adaln_single.emb.*.linear_?", "adaln_single.linear"),
+    released={
+        "PixArt-XL-2-512x512": _released(
+            "PixArt-XL-2-512x512", pixels=512, text_tokens=120, sizes=False, pipeline="PixArtAlphaPipeline"
+        ),
+        "PixArt-XL-2-1024-MS": _released(
+            "PixArt-XL-2-1024-MS", pixels=1024, text_tokens=120, sizes=True, pipeline="PixArtAlphaPipeline"
+        ),
+        "PixArt-Sigma-XL-2-1024-MS": _released(
+            "PixArt-Sigma-XL-2-1024-MS",
+            pixels=1024,
+            text_tokens=300,
+            sizes=False,
+            pipeline="PixArtSigmaPipeline",
+        ),
+    },
+)

@@ -1,0 +1,82 @@
+"""Qwen-Image: 60 double-stream blocks (text beside picture); guidance by two calls a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
+from hasten.denoisers._inputs import normal
+
+__all__ = ["QWEN_IMAGE"]
+
+
+def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    height, width = size.height // 2, size.width // 2  # 2 x 2 latent pixels are packed into one token
+    return {
+        "hidden_states": normal(generator, size.batch, height * width, config["in_channels"]),
+        "encoder_hidden_states": normal(
+            generator, size.batch, size.text_tokens, config["joint_attention_dim"]
+        ),
+        "encoder_hidden_states_mask": None,  # what the pipeline passes when every token is real
+        "timestep": torch.full((size.batch,), 0.5),
+        "img_shapes": [[(1, height, width)]] * size.batch,
+    }
+
+
+QWEN_IMAGE = DenoiserSpec(
+    name="qwen_image",
+    model_class="QwenImageTransformer2DModel",
+    tiny={
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    },
+    inputs=_inputs,
+    stacks=(
+        Stack(
+            path="transformer_blocks",
+            block="QwenImageTransformerBlock",
+            takes=("hidden_states", "encoder_hidden_states"),
+            returns=("encoder_hidden_states", "hidden_states"),
+            denoised="hidden_states",
+            branches=("attn", "img_mlp", "txt_mlp"),
+        ),
+    ),
+    repeated_blocks=("QwenImageTransformerBlock",),
+    attention=("Attention",),
+    guidance="separate",
+    modulation=(
+        "time_text_embed.timestep_embedder.linear_?",
+        "transformer_blocks.*.img_mod.1",
+        "transformer_blocks.*.txt_mod.1",
+        "norm_out.linear",
+    ),
+    released={
+        "Qwen-Image": Released(
+            config={
+                "patch_size": 2,
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 3584,
+                "guidance_embeds": False,
+                "axes_dims_rope": (16, 56, 56),
+            },
+            width=1328,
+            height=1328,
+            steps=50,
+            text_tokens=512,  # the longest prompt; a shorter one is not padded to it
+            pipeline="QwenImagePipeline",
+            source="https://huggingface.co/Qwen/Qwen-Image",
+        )
+    },
+)

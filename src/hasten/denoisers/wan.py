@@ -1,0 +1,95 @@
+"""Wan 2.1 and 2.2: video transformer with cross-attention to the text; guidance by two calls a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
+from hasten.denoisers._inputs import normal
+
+__all__ = ["WAN"]
+
+
+def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(
+            generator, size.batch, config["in_channels"], size.frames, size.height, size.width
+        ),
+        "timestep": torch.full((size.batch,), 500),
+        "encoder_hidden_states": normal(generator, size.batch, size.text_tokens, config["text_dim"]),
+    }
+
+
+def _config(*, layers: int, heads: int, ffn: int, channels: int = 16) -> Config:
+    return {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+    }
+
+
+def _released(name: str, config: Config, *, width: int, height: int, steps: int, frames: int) -> Released:
+    return Released(
+        config=config,
+        width=width,
+        height=height,
+        steps=steps,
+        text_tokens=512,
+        frames=frames,
+        pipeline="WanPipeline",
+        source=f"https://huggingface.co/Wan-AI/{name}-Diffusers",
+    )
+
+
+_SMALL = _config(layers=30, heads=12, ffn=8960)
+_LARGE = _config(layers=40, heads=40, ffn=13824)
+_FIVE = _config(layers=30, heads=24, ffn=14336, channels=48)
+
+WAN = DenoiserSpec(
+    name="wan",
+    model_class="WanTransformer3DModel",
+    tiny={
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 32,
+        "ffn_dim": 64,
+        "num_layers": 4,
+        "rope_max_seq_len": 64,
+    },
+    inputs=_inputs,
+    stacks=(
+        Stack(
+            path="blocks",
+            block="WanTransformerBlock",
+            takes=("hidden_states",),
+            returns=("hidden_states",),
+            denoised="hidden_states",
+            branches=("attn1", "attn2", "ffn"),
+        ),
+    ),
+    repeated_blocks=("WanTransformerBlock",),
+    attention=("WanAttention",),
+    guidance="separate",
+    modulation=("condition_embedder.time_embedder.linear_?", "condition_embedder.time_proj"),
+    released={
+        "Wan2.1-T2V-1.3B": _released("Wan2.1-T2V-1.3B", _SMALL, width=832, height=480, steps=50, frames=81),
+        "Wan2.1-T2V-14B": _released("Wan2.1-T2V-14B", _LARGE, width=1280, height=720, steps=50, frames=81),
+        "Wan2.2-T2V-A14B": _released("Wan2.2-T2V-A14B", _LARGE, width=1280, height=720, steps=40, frames=81),
+        "Wan2.2-TI2V-5B": _released("Wan2.2-TI2V-5B", _FIVE, width=1280, height=704, steps=50, frames=121),
+    },
+)

@@ -1,0 +1,94 @@
+"""Z-Image: picture and text are refined apart, then run as one stream; pictures and prompts come as lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
+from hasten.denoisers._inputs import normal
+
+__all__ = ["Z_IMAGE"]
+
+
+def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    """The model pads the tokens of each picture and of each prompt to a multiple of 32."""
+    latent = (config["in_channels"], size.frames, size.height, size.width)
+    text = (size.text_tokens, config["cap_feat_dim"])
+    return {
+        "x": [normal(generator, *latent) for _ in range(size.batch)],
+        "t": torch.full((size.batch,), 0.5),
+        "cap_feats": [normal(generator, *text) for _ in range(size.batch)],
+    }
+
+
+def _released(name: str, *, steps: int) -> Released:
+    return Released(
+        config={
+            "all_patch_size": (2,),
+            "all_f_patch_size": (1,),
+            "in_channels": 16,
+            "dim": 3840,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "norm_eps": 1e-5,
+            "qk_norm": True,
+            "cap_feat_dim": 2560,
+            "rope_theta": 256.0,
+            "t_scale": 1000.0,
+            "axes_dims": (32, 48, 48),
+            "axes_lens": (1536, 512, 512),
+        },
+        width=1024,
+        height=1024,
+        steps=steps,
+        text_tokens=512,  # the longest prompt; a shorter one is not padded to it
+        pipeline="ZImagePipeline",
+        source=f"https://huggingface.co/Tongyi-MAI/{name}",
+    )
+
+
+Z_IMAGE = DenoiserSpec(
+    name="z_image",
+    model_class="ZImageTransformer2DModel",
+    tiny={
+        "all_patch_size": (2,),
+        "all_f_patch_size": (1,),
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 4,
+        "n_refiner_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 16,
+        "axes_dims": (4, 6, 6),
+        "axes_lens": (256, 64, 64),
+    },
+    inputs=_inputs,
+    stacks=(
+        Stack(
+            path="layers",
+            block="ZImageTransformerBlock",
+            takes=("x",),
+            returns=("x",),
+            denoised="x",
+            branches=("attention", "feed_forward"),
+        ),
+    ),
+    repeated_blocks=("ZImageTransformerBlock",),
+    attention=("Attention",),
+    modulation=(
+        "t_embedder.mlp.?",
+        "noise_refiner.*.adaLN_modulation.0",
+        "layers.*.adaLN_modulation.0",
+        "all_final_layer.*.adaLN_modulation.1",
+    ),
+    timestep="t",
+    released={
+        "Z-Image": _released("Z-Image", steps=50),
+        "Z-Image-Turbo": _released("Z-Image-Turbo", steps=8),
+    },
+)

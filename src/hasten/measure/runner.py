@@ -1,0 +1,109 @@
+"""Runs one recipe over a workload: pictures, times, memory, and the proof that the recipe took part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from hasten.core.errors import NotEngaged
+from hasten.core.patch import summarize
+from hasten.core.recipe import Recipe
+from hasten.core.session import Session, accelerate
+from hasten.core.target import Target
+from hasten.core.technique import Evidence
+from hasten.core.workload import Workload
+from hasten.measure.instruments import PHASES, PeakMemory, Stopwatch, synchronize
+from hasten.measure.rendering import render
+
+Picture = tuple[str, int]
+"""Prompt and seed of one picture."""
+
+
+@dataclass
+class Run:
+    """What one recipe did; filled while it runs, so that an interruption leaves what was finished."""
+
+    recipe: Recipe
+    workload: Workload
+    images: list[Image.Image] = field(default_factory=list[Image.Image])
+    seconds: list[float] = field(default_factory=list[float])
+    first_image_seconds: float = 0.0
+    apply_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    peak_memory: int = 0
+    evidence: list[Evidence] = field(default_factory=list[Evidence])
+    changes: list[str] = field(default_factory=list[str])
+    problem: str | None = None
+    """Why the recipe did not take effect, if so."""
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Prompt and seed of each picture, in order."""
+        return [(prompt, seed) for prompt in self.workload.prompts for seed in self.workload.seeds]
+
+
+def run_recipe(
+    pipeline: Any, recipe: Recipe, workload: Workload, *, runs: int = 1, advance: Callable[[], None] = lambda: None
+) -> Iterator[Run]:
+    """Apply `recipe`, make one warm-up picture, then every picture `runs` times; yields the growing record.
+
+    Set-up (applying, and what the first picture takes longer than the others) is kept apart. `advance` is
+    called after each picture. The record is complete when the iterator ends.
+    """
+    run = Run(recipe, workload)
+    target = Target.of(pipeline)
+    began = time.perf_counter()
+    with accelerate(pipeline, recipe) as session:
+        run.apply_seconds = time.perf_counter() - began
+        memory, watch = PeakMemory(target.device), Stopwatch(target)
+        with memory.watching():
+            run.first_image_seconds = _timed(target, lambda: render(pipeline, workload, *run.pictures[0]))
+            advance()
+            yield run
+            with watch.running():
+                yield from _pictures(pipeline, run, target, runs, advance)
+        run.peak_memory = memory.bytes
+        run.phases = {name: total / max(len(run.seconds), 1) for name, total in watch.seconds().items()}
+        _take_evidence(run, session)
+    yield run
+
+
+def _pictures(pipeline: Any, run: Run, target: Target, runs: int, advance: Callable[[], None]) -> Iterator[Run]:
+    for repetition in range(runs):
+        for prompt, seed in run.pictures:
+            with _stopping(target, run.seconds):
+                image = render(pipeline, run.workload, prompt, seed)
+            if repetition == 0:
+                run.images.append(image)
+            advance()
+            yield run
+
+
+def _take_evidence(run: Run, session: Session) -> None:
+    for technique in session.recipe:
+        run.changes += summarize(session.log(technique))
+        try:
+            run.evidence.append(technique.engaged(session))
+        except NotEngaged as error:
+            run.problem = f"{type(technique).__name__} did not engage: {error}"
+
+
+def _timed(target: Target, work: Callable[[], object]) -> float:
+    seconds: list[float] = []
+    with _stopping(target, seconds):
+        work()
+    return seconds[0]
+
+
+@contextmanager
+def _stopping(target: Target, seconds: list[float]) -> Iterator[None]:
+    synchronize(target.device)
+    began = time.perf_counter()
+    yield
+    synchronize(target.device)
+    seconds.append(time.perf_counter() - began)

@@ -1,0 +1,148 @@
+"""Loads models: the bundled ones by name, local folders, and hub ids."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+from hasten.core.errors import HastenError, UnknownName
+from hasten.core.files import read_json
+from hasten.core.workload import Workload
+
+DEFAULT = "emoji-flux"
+"""The bundled model that commands use when none is named."""
+
+GENERAL_PROMPTS = (
+    "a red fox in the snow, morning light",
+    "a street market at night, rain, neon signs",
+    "an old sailor's portrait, oil painting",
+    "a bowl of fruit on a wooden table",
+)
+"""Prompts for models that bring none."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline with the name it was asked by and its default workload."""
+
+    name: str
+    pipeline: Any
+    workload: Workload
+
+
+def bundled() -> dict[str, Path]:
+    """The models that come with hasten, by name."""
+    root = Path(str(resources.files("hasten"))) / "models"
+    return {entry.name: entry for entry in sorted(root.iterdir()) if (entry / "model_index.json").is_file()}
+
+
+def find_folder(name: str) -> Path | None:
+    """The local folder a model name stands for; None means a hub id. Raises for what can be neither."""
+    if name in bundled():
+        return bundled()[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _checked_folder(path)
+    if path.exists():
+        raise HastenError(f"{name} is a file; a model is a diffusers folder with a model_index.json.")
+    owner, separator, rest = name.partition("/")
+    if separator and owner not in ("", ".", "..", "~") and rest and "/" not in rest:
+        return None
+    raise UnknownName("bundled model or local folder", name, bundled())
+
+
+def load(name: str, *, device: str | None = None, dtype: str | None = None) -> LoadedModel:
+    """Load a pipeline by bundled name, local folder or hub id, onto `device` (default: a GPU if there is one).
+
+    `dtype` is a torch type's name; the default is float32 on the CPU and bfloat16 on a GPU. Raises HastenError
+    for unknown names, folders that hold no pipeline, and damaged weight files.
+    """
+    import torch
+
+    folder = find_folder(name)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch_dtype = dtype_named(dtype or ("float32" if where.startswith("cpu") else "bfloat16"))
+    pipeline = _load_pipeline(name, folder, torch_dtype)
+    try:
+        pipeline = pipeline.to(where)
+    except (RuntimeError, AssertionError) as error:
+        raise HastenError(f"The device {where!r} cannot be used: {_first_line(error)}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return LoadedModel(name, pipeline, default_workload(folder))
+
+
+def dtype_named(name: str) -> Any:
+    """The torch floating-point type of that name, such as `float16`."""
+    import torch
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise UnknownName("floating-point type", name, known)
+    return known[name]
+
+
+def default_workload(folder: Path | None) -> Workload:
+    """The workload a model folder recommends in `workload.json`, or a general one."""
+    file = folder / "workload.json" if folder else None
+    if file is None or not file.is_file():
+        return Workload(prompts=GENERAL_PROMPTS)
+    data = read_json(file)
+    if not isinstance(data, dict):
+        raise HastenError(f"{file} holds no table of workload settings.")
+    values = cast("dict[str, Any]", data)
+    try:
+        return Workload(**(values | {"prompts": tuple(values.get("prompts", GENERAL_PROMPTS))}))
+    except TypeError as error:
+        raise HastenError(f"{file}: {error}.") from None
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise HastenError when a safetensors file is not as long as its header says, or has no valid header."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        head = handle.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise HastenError(f"{file} is damaged: it is truncated within its header ({size} bytes).")
+        expected = 8 + length + _end_of_data(handle.read(length), file)
+    if expected != size:
+        raise HastenError(f"{file} is damaged: it has {size} bytes where its header promises {expected}.")
+
+
+def _end_of_data(header: bytes, file: Path) -> int:
+    try:
+        entries = cast("dict[str, dict[str, list[int]]]", json.loads(header))
+        return max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise HastenError(f"{file} is damaged: its header is not valid.") from None
+
+
+def _load_pipeline(name: str, folder: Path | None, torch_dtype: Any) -> Any:
+    import diffusers
+
+    for file in sorted(folder.rglob("*.safetensors")) if folder else ():
+        check_safetensors(file)
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(str(folder or name), torch_dtype=torch_dtype)
+    except Exception as error:
+        place = f"the folder {folder}" if folder else f"{name!r} from the model hub"
+        hint = "" if folder else f" Models that need no download: {', '.join(bundled())}."
+        raise HastenError(f"Cannot load {place}: {_first_line(error)}{hint}") from error
+
+
+def _checked_folder(path: Path) -> Path:
+    if not (path / "model_index.json").is_file():
+        raise HastenError(f"The folder {path} holds no diffusers pipeline: it has no model_index.json.")
+    index = read_json(path / "model_index.json")
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise HastenError(f"{path / 'model_index.json'} names no pipeline class (_class_name).")
+    return path
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,3 @@
+"""Several devices working on one picture."""
+
+__all__: list[str] = []

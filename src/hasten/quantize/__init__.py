@@ -1,0 +1,3 @@
+"""Quantization of weights and activations."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Samplers and schedules."""
+
+__all__: list[str] = []
