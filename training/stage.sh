@@ -12,6 +12,7 @@ show() {  # model [sample.py options]: assemble the folder and draw
     python "$here/assemble.py" "$1" "$data" "$run" "$tokens" "$run/models/$1"
     python "$here/sample.py" "$run/models/$1" "$data" "$run/samples/$1" "${@:2}"
 }
+share() { awk "BEGIN { print $minutes * $1 }"; }
 case $stage in
 vae)
     for c in 4 8; do
@@ -22,7 +23,7 @@ vae)
     tail -n 3 "$run"/logs/vae?.txt
     ;;
 first)
-    (train emoji-flux --minutes "$(echo "$minutes * 0.68" | bc -l)"; train emoji-flux --distil --minutes "$(echo "$minutes * 0.2" | bc -l)"; show emoji-flux --sheet-only --sweep) &
+    (train emoji-flux --minutes "$(share 0.68)"; train emoji-flux --distil --minutes "$(share 0.2)"; show emoji-flux --sheet-only --sweep) &
     (train emoji-sd --minutes "$minutes"; show emoji-sd --sheet-only --sweep) &
     (train emoji-dit --minutes "$minutes"; show emoji-dit --sheet-only --sweep) &
     wait

@@ -55,7 +55,7 @@ _SINGLE = "transformer.single_transformer_blocks: reused with the first stack (6
 CASES = (
     Case("plain", "", kind="baseline"),
     Case(
-        "layout + attention",
+        "ChannelsLast() | AttentionBackend()",
         "ChannelsLast() | AttentionBackend('native')",
         1.09,
         setup=0.2,
@@ -65,7 +65,7 @@ CASES = (
         ),
     ),
     Case(
-        "cache 0.06",
+        "ChannelsLast() | FirstBlockCache(threshold=0.06)",
         "ChannelsLast() | FirstBlockCache(threshold=0.06)",
         1.38,
         error=0.06,
@@ -74,7 +74,7 @@ CASES = (
         changes=("vae: weights in channels_last (38 weights)", _CACHE, _SINGLE),
     ),
     Case(
-        "cache 0.12",
+        "ChannelsLast() | FirstBlockCache(threshold=0.12)",
         "ChannelsLast() | FirstBlockCache(threshold=0.12)",
         1.94,
         error=0.06,
@@ -84,8 +84,8 @@ CASES = (
         changes=("vae: weights in channels_last (38 weights)", _CACHE, _SINGLE),
     ),
     Case(
-        "cache 0.4",
-        "FirstBlockCache(threshold=0.4)",
+        "ChannelsLast() | FirstBlockCache(threshold=0.4)",
+        "ChannelsLast() | FirstBlockCache(threshold=0.4)",
         3.61,
         error=0.32,
         full=5,
@@ -93,14 +93,14 @@ CASES = (
         changes=(_CACHE, _SINGLE),
     ),
     Case(
-        "compiled blocks",
+        "CompileBlocks()",
         "CompileBlocks()",
         1.31,
         noise=0.5,
         setup=41.5,
         changes=("transformer.transformer_blocks: each of 3 blocks compiled (1 graph)",),
     ),
-    Case("fewer steps (15)", "", 1.86, error=0.11, full=15, kind="fewer_steps"),
+    Case("plain, 15 steps", "", 1.86, error=0.11, full=15, kind="fewer_steps"),
     Case(
         "DeepCache",
         "DeepCache(interval=3)",
@@ -109,7 +109,7 @@ CASES = (
         "FORA(interval=3) reuses whole blocks in the same way.",
     ),
     Case(
-        "FORA 3",
+        "ChannelsLast() | FORA(interval=3)",
         "FORA(interval=3)",
         2.3,
         error=0.09,
@@ -234,9 +234,7 @@ def _pizza(pen: ImageDraw.ImageDraw, k: float, seed: int) -> None:
     pen.polygon([(14 * k, 30 * k), (114 * k, 24 * k), (66 * k, 118 * k)], fill=(255, 200, 64))
     pen.line([(12 * k, 30 * k), (116 * k, 24 * k)], fill=(196, 118, 50), width=int(16 * k))
     for x, y, radius in ((48, 50, 10), (84, 46, 9), (66, 78, 9), (62, 100, 5)):
-        pen.ellipse(
-            [(x - radius) * k, (y - radius) * k, (x + radius) * k, (y + radius) * k], fill=(206, 54, 40)
-        )
+        pen.ellipse([(x - radius) * k, (y - radius) * k, (x + radius) * k, (y + radius) * k], fill=(206, 54, 40))
     for x, y in ((64, 58), (78, 66), (54, 70)):
         pen.ellipse([(x - 3) * k, (y - 2) * k, (x + 4) * k, (y + 2) * k], fill=(64, 128, 54))
 

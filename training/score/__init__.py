@@ -1,0 +1,1 @@
+"""How good the bundled models are: distribution (KID), caption (alignment score) and style of their samples."""

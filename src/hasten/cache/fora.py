@@ -59,7 +59,7 @@ class FORA(Technique):
         for denoiser in target.denoisers:
             branches = BranchReuse(denoiser)
             runner = _Runner(denoiser.name, branches, self.interval, patch.clock, decisions)
-            patch.around(denoiser.module, runner, f"computes completely at every {self.interval}. step")
+            patch.around(denoiser.module, runner, f"computes everything once in {self.interval} steps")
             branches.install(patch)
 
     def engaged(self, session: Session) -> Evidence:
@@ -203,6 +203,8 @@ class _Runner:
             reused = self._branches.served
             if self._branches.keeping:
                 kept.outputs, kept.sizes = self._branches.outputs(), sizes
+            if moment.last:
+                kept.outputs = []  # the memory is wanted for decoding the picture
             self._decisions.record(self._name, moment, full=not reused)
         finally:
             self._branches.rest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -21,8 +21,9 @@ from hasten.core.workload import Workload
 class ChannelsLast(Technique):
     """Lays out the U-Net's and the VAE's convolution weights as NHWC (same shapes and values, other strides).
 
-    Activations follow by themselves, because a convolution with NHWC weights returns NHWC. A transformer has no
-    convolutions that matter, so there only the VAE is changed. Leaving restores values, shapes and strides exactly.
+    Activations follow by themselves, because a convolution with NHWC weights returns NHWC; where a U-Net's attention
+    stage would return NCHW, its output is laid out as NHWC again. A transformer has no convolutions that matter, so
+    there only the VAE is changed. Leaving restores values, shapes and strides exactly.
     """
 
     stage: ClassVar[Stage] = Stage.LAYOUT
@@ -44,6 +45,10 @@ class ChannelsLast(Technique):
             patch.restride(network, torch.channels_last, "convolution weights are laid out as NHWC")
             for convolution in _inner_convolutions(network):
                 patch.around(convolution, seen.watching(name), "its output's layout is watched")
+        for denoiser in target.denoisers:
+            if denoiser.spec.unet is not None:
+                for _, module in denoiser.of_class(*denoiser.spec.unet.returns_nchw):
+                    patch.around(module, _as_nhwc, "its output is laid out as NHWC")
 
     def engaged(self, session: Session) -> Evidence:
         """Activations between convolutions really were NHWC."""
@@ -74,6 +79,19 @@ class _Seen:
             return output
 
         return watch
+
+
+def _as_nhwc(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    output = call(*args, **kwargs)
+    if isinstance(output, tuple):
+        return tuple(_laid_out(value) for value in cast("tuple[object, ...]", output))
+    output.sample = _laid_out(output.sample)
+    return output
+
+
+def _laid_out(value: object) -> object:
+    is_image = isinstance(value, torch.Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value
 
 
 def _networks(target: Target) -> Iterable[tuple[str, nn.Module]]:

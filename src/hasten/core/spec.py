@@ -67,6 +67,8 @@ class UNetStages:
     down: str = "down_blocks"
     mid: str = "mid_block"
     up: str = "up_blocks"
+    returns_nchw: tuple[str, ...] = ("Transformer2DModel",)
+    """Classes of the sub-modules that return NCHW whatever layout they are given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ class Row(Record):
 
     `images` has one path per prompt and seed (all seeds of the first prompt first), relative to the folder
     of `comparison.json`; a row that did not finish may hold fewer. `step_map` names each branch ("cond",
-    "uncond", or "") and says for every step of the first image whether it was computed in full. `changes`
+    "uncond", or "") and says for every step of one image whether it was computed in full. `changes`
     is the patch log.
     """
 

@@ -32,7 +32,7 @@ def spread(row: Row) -> str:
     if timing is None:
         return NOTHING
     if len(timing.runs) < 2:
-        return "one run"
+        return "timed once"
     return f"{seconds(timing.min)}-{seconds(timing.max)}"
 
 

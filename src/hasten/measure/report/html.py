@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -16,6 +17,7 @@ from hasten.measure.quality import SCALE
 from hasten.measure.report import formatting as fmt
 from hasten.measure.report import heat, summary, verdict
 from hasten.measure.report.images import Gallery, Picture, build_gallery
+from hasten.measure.report.names import labels, readable, shared_words
 from hasten.measure.report.scatter import lay_out
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -48,6 +50,8 @@ class RowView:
 
     index: int
     row: Row
+    name: str
+    label: str
     ran: bool
     time: str
     spread: str
@@ -90,7 +94,8 @@ class Scene:
 def render_html(comparison: Comparison, folder: Path) -> str:
     """Render the report with its images read from `folder`; equal data and files give equal bytes."""
     gallery = build_gallery(comparison, folder)
-    views = [_view(index, row, comparison) for index, row in enumerate(comparison.rows)]
+    short = labels(comparison.rows)
+    views = [_view(index, label, comparison) for index, label in enumerate(short)]
     script = (_TEMPLATES / "report.js").read_text("utf-8")
     choice = verdict.pick(comparison)
     json_bytes = comparison.to_json().encode("utf-8", errors="backslashreplace")
@@ -106,7 +111,9 @@ def render_html(comparison: Comparison, folder: Path) -> str:
             views=views,
             scenes=_scenes(comparison, gallery, views),
             images_note=gallery.note,
+            has_heat=any(picture.heat for picture in gallery.pictures.values()),
             charts=[("wide", lay_out(comparison)), ("narrow", lay_out(comparison, 360, 400))],
+            shared=" + ".join(shared_words(comparison.rows)),
             pick=comparison.rows.index(choice.row) if choice else None,
             scale=SCALE,
             memory_note=fmt.memory_note(comparison),
@@ -133,9 +140,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["readable"] = _readable
-    environment.filters["pieces"] = _pieces
-    environment.globals["plural"] = fmt.plural
+    cast("dict[str, object]", environment.filters).update(readable=_readable, pieces=_pieces)
+    cast("dict[str, object]", environment.globals).update(plural=fmt.plural)
     return environment
 
 
@@ -153,13 +159,16 @@ def _pieces(recipe: str) -> list[str]:
     return re.split(r"(?<=[(,|])", recipe)
 
 
-def _view(index: int, row: Row, comparison: Comparison) -> RowView:
-    found, slowest = row.fidelity, _slowest(comparison)
+def _view(index: int, label: str, comparison: Comparison) -> RowView:
+    row, slowest = comparison.rows[index], _slowest(comparison)
+    found = row.fidelity
     median = row.seconds_per_image.median if row.seconds_per_image else None
     return RowView(
         index=index,
         row=row,
-        ran=row.status in ("ok", "interrupted"),
+        name=readable(row.name),
+        label=label,
+        ran=verdict.has_run(row),
         time=_dashed(fmt.seconds(median)),
         spread=_dashed(fmt.spread(row)).replace("-", "\N{EN DASH}"),
         time_share=100 * (median or 0) / slowest,

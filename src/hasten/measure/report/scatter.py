@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 from hasten.measure.comparison import Comparison, Kind, Row
 from hasten.measure.report import formatting as fmt
-from hasten.measure.report.verdict import noise_floor
+from hasten.measure.report.names import labels, readable
+from hasten.measure.report.verdict import has_run, noise_floor
 
 RADIUS = 6.0
 FONT = 12.5
 LINE = 16.0
 _BAND = 44.0
-_LONGEST = 26
+_LEFT, _RIGHT = 54.0, 30.0  # room for the label of a point at either end
+_LONGEST = 28
 
 
 @dataclass(frozen=True)
@@ -119,29 +121,27 @@ def lay_out(comparison: Comparison, width: float = 680, height: float = 630) -> 
     places = [_place(row, across, up, plot) for _, row in shown]
     floor = _floor(comparison, up)
     frontier = _frontier(places)
-    labels = place_labels(
-        [row.name for _, row in shown], places, plot, _reserved(floor, plot), _along(frontier)
-    )
+    placed = place_labels(labels([row for _, row in shown]), places, plot, _reserved(floor, plot), _along(frontier))
     points = [
         Point(index, row.kind, x, y, _title(row), label)
-        for (index, row), (x, y), label in zip(shown, places, labels, strict=True)
+        for (index, row), (x, y), label in zip(shown, places, placed, strict=True)
     ]
     return Chart(
         width=width,
         height=height,
         plot=plot,
         band=plot.y + _BAND,
-        x_ticks=[Tick(across(v), f"{v:g}\N{MULTIPLICATION SIGN}") for v in ticks(across.low, across.high, 6)],
-        y_ticks=[Tick(up(v), f"{v:g}") for v in ticks(up.low, up.high, 6)],
+        x_ticks=[Tick(across(v), f"{v:g}\N{MULTIPLICATION SIGN}") for v in ticks(max(0.0, across.low), across.high, 6)],
+        y_ticks=[tick for tick in _decibel_ticks(up) if tick.at > plot.y + _BAND + LINE],
         points=points,
         frontier=frontier,
         floor=floor,
-        left_out=[row.name for row in comparison.rows if not _is_shown(row)],
+        left_out=[readable(row.name) for row in comparison.rows if not _is_shown(row)],
     )
 
 
 def _is_shown(row: Row) -> bool:
-    return row.speedup is not None and (row.kind == "baseline" or row.fidelity is not None)
+    return has_run(row) and row.speedup is not None and (row.kind == "baseline" or row.fidelity is not None)
 
 
 def _decibels(row: Row) -> float:
@@ -150,8 +150,9 @@ def _decibels(row: Row) -> float:
 
 def _scales(comparison: Comparison, rows: list[Row], plot: Box) -> tuple[_Scale, _Scale]:
     speeds = [row.speedup or 1.0 for row in rows]
-    margin = 0.06 * max(max(speeds) - min(speeds), 0.5)
-    across = _Scale(max(0.0, min(speeds) - 2 * margin), max(speeds) + 2 * margin, plot.x, plot.x + plot.width)
+    per_unit = (plot.width - _LEFT - _RIGHT) / max(max(speeds) - min(speeds), 0.5)
+    low = min(speeds) - _LEFT / per_unit
+    across = _Scale(low, low + plot.width / per_unit, plot.x, plot.x + plot.width)
     floor = noise_floor(comparison)
     levels = [_decibels(row) for row in rows] + ([floor.decibels] if floor else [])
     finite = [level for level in levels if math.isfinite(level)] or [20.0, 50.0]
@@ -169,6 +170,10 @@ def _floor(comparison: Comparison, up: _Scale) -> Tick | None:
     if floor is None or floor.psnr is None:
         return None
     return Tick(up(floor.psnr), f"noise floor {fmt.psnr(floor)} dB")
+
+
+def _decibel_ticks(up: _Scale) -> list[Tick]:
+    return [Tick(up(value), f"{value:g}") for value in ticks(up.low, up.high, 6)]
 
 
 def _reserved(floor: Tick | None, plot: Box) -> list[Box]:
@@ -189,7 +194,7 @@ def _along(line: list[tuple[float, float]]) -> list[Box]:
 
 def _title(row: Row) -> str:
     level = "identical images" if math.isinf(_decibels(row)) else f"PSNR {fmt.psnr(row.fidelity)} dB"
-    return f"{row.name}: {fmt.speedup(row.speedup)}, {'plain pipeline' if row.kind == 'baseline' else level}"
+    return f"{readable(row.name)}: {fmt.speedup(row.speedup)}, {'plain pipeline' if row.kind == 'baseline' else level}"
 
 
 def _frontier(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -227,11 +232,7 @@ def shortened(text: str) -> str:
     """The text, cut in the middle where it is longer than a label may be."""
     text = fmt.one_line(text)
     half = (_LONGEST - 1) // 2
-    return (
-        text
-        if len(text) <= _LONGEST
-        else f"{text[:half].rstrip()}\N{HORIZONTAL ELLIPSIS}{text[-half:].lstrip()}"
-    )
+    return text if len(text) <= _LONGEST else f"{text[:half].rstrip()}\N{HORIZONTAL ELLIPSIS}{text[-half:].lstrip()}"
 
 
 def place_labels(
@@ -242,10 +243,8 @@ def place_labels(
     avoided: list[Box],
 ) -> list[Label | None]:
     """Give each name the free place nearest to its point, off `avoided` if possible; None where there is none."""
-    taken = reserved + [
-        Box(x - RADIUS - 1, y - RADIUS - 1, 2 * RADIUS + 2, 2 * RADIUS + 2) for x, y in places
-    ]
-    labels: list[Label | None] = []
+    taken = reserved + [Box(x - RADIUS - 1, y - RADIUS - 1, 2 * RADIUS + 2, 2 * RADIUS + 2) for x, y in places]
+    placed: list[Label | None] = []
     for name, place in zip(names, places, strict=True):
         free = [
             label
@@ -253,15 +252,13 @@ def place_labels(
             if label.box.inside(plot) and not any(label.box.overlaps(other) for other in taken)
         ]
         found = min(free, key=lambda label: _unease(label, place, places, avoided), default=None)
-        labels.append(found)
+        placed.append(found)
         if found:
             taken.append(found.box)
-    return labels
+    return placed
 
 
-def _unease(
-    label: Label, place: tuple[float, float], places: list[tuple[float, float]], avoided: list[Box]
-) -> int:
+def _unease(label: Label, place: tuple[float, float], places: list[tuple[float, float]], avoided: list[Box]) -> int:
     """0 for a label close to its own point and to no other, more for one that is harder to read."""
     others = [other for other in places if other != place]
     if label.leader:

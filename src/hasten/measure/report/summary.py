@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from hasten.measure.comparison import Comparison, Row
 from hasten.measure.report import formatting as fmt
+from hasten.measure.report.names import readable
 from hasten.measure.report.verdict import (
     Choice,
     beaten_by,
     choices,
     closeness,
-    controls,
     is_faster,
     measured,
+    nearest_control,
     noise_floor,
     pick,
 )
@@ -34,6 +35,7 @@ _TILE_LABELS = {
     "slight": "Slight differences",
     "strong": "Plainly different",
 }
+_CONTROLS = {"fewer_steps": "fewer steps", "other_solver": "another solver"}
 _VERDICTS = {
     (True, True): "{b} is both faster and closer.",
     (True, False): "{b} is slower but closer.",
@@ -74,7 +76,10 @@ def headline(comparison: Comparison) -> str:
     """The outcome in a few words."""
     choice = pick(comparison)
     if choice is None:
-        return "No recipe was faster" if measured(comparison) else "Nothing to compare yet"
+        if measured(comparison):
+            return "No recipe was faster"
+        alone = all(row.kind == "baseline" for row in comparison.rows)
+        return "Only the plain pipeline was run" if alone else "No recipe could be compared"
     faster = f"{fmt.speedup(choice.row.speedup, _TIMES)} as fast"
     word = closeness(choice.row)
     if word == "identical":
@@ -88,9 +93,7 @@ def sentences(comparison: Comparison) -> list[Sentence]:
     """The summary paragraph: what was gained, and how it stands against fewer steps."""
     found = [*_plain(comparison), *map(_choice, choices(comparison))]
     if measured(comparison) and not choices(comparison):
-        found.append(
-            _say("No recipe was faster than the plain pipeline by more than the spread of the timings.")
-        )
+        found.append(_say("No recipe was faster than the plain pipeline by more than the spread of the timings."))
     return [*found, *_controls(comparison)]
 
 
@@ -103,9 +106,7 @@ def _say(pattern: str, *values: str) -> Sentence:
     """Fill `{}` and, for emphasis, `{b}` with the values in order."""
     pieces = re.split(r"(\{b?\})", pattern)
     filled = iter(values)
-    parts = (
-        Part(next(filled), piece == "{b}") if piece in ("{}", "{b}") else Part(piece) for piece in pieces
-    )
+    parts = (Part(next(filled), piece == "{b}") if piece in ("{}", "{b}") else Part(piece) for piece in pieces)
     return tuple(part for part in parts if part.text)
 
 
@@ -116,15 +117,15 @@ def _plain(comparison: Comparison) -> Iterator[Sentence]:
         text = "The plain pipeline ({b}, {}) was not measured, so nothing can be compared with it."
         yield _say(text, work.model, size)
         return
-    text = "The plain pipeline, {b} at {}, takes {} s an image here ({} on {}; median of {}, {} each)."
+    text = "The plain pipeline, {b} at {}, takes {} s an image here ({} on {}; median over {}, {} each)."
     time = fmt.seconds(row.seconds_per_image.median)
     images = fmt.plural(len(work.prompts) * len(work.seeds), "image")
-    yield _say(text, work.model, size, time, work.dtype, work.device, fmt.plural(work.runs, "run"), images)
+    yield _say(text, work.model, size, time, work.dtype, work.device, images, fmt.plural(work.runs, "run"))
 
 
 def _choice(choice: Choice) -> Sentence:
     row = choice.row
-    values = [row.name, fmt.speedup(row.speedup, _TIMES), _measures(row)]
+    values = [readable(row.name), fmt.speedup(row.speedup, _TIMES), _measures(row)]
     return _say(_OPENINGS[str(choice.limit)], *values)
 
 
@@ -138,38 +139,39 @@ def _measures(row: Row) -> str:
 def _controls(comparison: Comparison) -> Iterator[Sentence]:
     """How the recipes stand against what anyone gets for nothing: fewer steps, or another solver."""
     recipes = [row for row in measured(comparison) if row.kind == "recipe" and row.status == "ok"]
-    beaten = {row.name: other for row in recipes if (other := beaten_by(row, comparison))}
-    for name, other in beaten.items():
-        text = "{b} is not worth having here: {b} is at least as fast and as close to the plain images."
-        yield _say(text, name, other.name)
-    choice = pick(comparison)
-    if choice and choice.row.name not in beaten:
-        yield from (_against(choice.row, other) for other in controls(comparison))
+    beaten = [row for row in recipes if beaten_by(row, comparison)]
+    if beaten:
+        verb = "is" if len(beaten) == 1 else "are"
+        text = "{b} {} not worth having here: the plain pipeline with {} is at least as fast and as close."
+        other = beaten_by(beaten[0], comparison)
+        yield _say(text, _names(beaten), verb, _CONTROLS[other.kind if other else "fewer_steps"])
+    choice, control = pick(comparison), nearest_control(comparison)
+    if choice and control and choice.row not in beaten:
+        yield _against(choice.row, control)
 
 
 def _against(row: Row, other: Row) -> Sentence:
     gains = _say(
         "For comparison, {b} reaches {} ({}): ",
-        other.name,
+        readable(other.name),
         fmt.speedup(other.speedup, _TIMES),
         _measures(other),
     )
     closer = bool(row.fidelity and other.fidelity and row.fidelity.decibels > other.fidelity.decibels)
     faster = (row.speedup or 0) >= (other.speedup or 0)
-    return gains + _say(_VERDICTS[closer, faster], row.name)
+    return gains + _say(_VERDICTS[closer, faster], readable(row.name))
 
 
 def _warnings(comparison: Comparison) -> Iterator[Sentence]:
     plain = comparison.baseline
     slower = [row for row in measured(comparison) if row.kind == "recipe" and not is_faster(row, plain)]
-    unclear = [row.name for row in slower if (row.speedup or 0) > 1]
-    if unclear:
-        text = "The timings of {} overlap with those of the plain pipeline, so the gain may be chance."
-        yield _say(text, _listed(unclear))
+    for row in slower:
+        if (row.speedup or 0) > 1:
+            yield _say("The gain of {b} lies within the spread of the timings and may be chance.", readable(row.name))
     for status in ("refused", "failed", "interrupted"):
-        names = [row.name for row in comparison.rows if row.status == status]
-        if names:
-            yield _say("{} {} {}.", _listed(names), "was" if len(names) == 1 else "were", status)
+        rows = [row for row in comparison.rows if row.status == status]
+        if rows:
+            yield _say("{b} {} {}.", _names(rows), "was" if len(rows) == 1 else "were", status)
 
 
 def _floor(comparison: Comparison) -> Iterator[Sentence]:
@@ -198,17 +200,19 @@ def tiles(comparison: Comparison) -> list[Tile]:
     plain = comparison.baseline
     if plain and plain.seconds_per_image:
         value = f"{fmt.seconds(plain.seconds_per_image.median)} s"
-        found.append(Tile("Plain, per image", value, plain.name, "", rows.index(plain), "baseline"))
+        found.append(Tile("Plain, per image", value, readable(plain.name), "", rows.index(plain), "baseline"))
     found += [_tile(_TILE_LABELS[str(c.limit)], c.row, rows, str(c.limit)) for c in choices(comparison)]
-    fewer = [row for row in controls(comparison) if row.kind == "fewer_steps"]
-    return [*found, *(_tile("Just fewer steps", row, rows, row.kind) for row in fewer[:1])]
+    control = nearest_control(comparison)
+    label = "Just fewer steps" if control and control.kind == "fewer_steps" else "Just another solver"
+    return [*found, _tile(label, control, rows, control.kind)] if control else found
 
 
 def _tile(label: str, row: Row, rows: list[Row], kind: str) -> Tile:
     same = row.fidelity is not None and row.fidelity.identical
     measure = "identical" if same else f"{fmt.psnr(row.fidelity)} dB"
-    return Tile(label, fmt.speedup(row.speedup, _TIMES), row.name, measure, rows.index(row), kind)
+    return Tile(label, fmt.speedup(row.speedup, _TIMES), readable(row.name), measure, rows.index(row), kind)
 
 
-def _listed(names: list[str]) -> str:
+def _names(rows: list[Row]) -> str:
+    names = [readable(row.name) for row in rows]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from hasten.measure.comparison import Comparison, Row
 from hasten.measure.report import formatting as fmt
+from hasten.measure.report.names import readable
 from hasten.measure.report.verdict import Closeness, closeness, is_faster, noise_floor
 
 _STYLES: dict[Closeness, str] = {
@@ -55,7 +56,7 @@ def _results(comparison: Comparison) -> Table:
 
 
 def _cells(row: Row, comparison: Comparison) -> list[Text]:
-    name = Text(fmt.one_line(row.name), style="bold" if row.kind == "recipe" else "")
+    name = Text(readable(row.name), style="bold" if row.kind == "recipe" else "")
     if row.status in ("refused", "failed"):
         return [name, Text(row.status, style="red" if row.status == "failed" else "yellow")]
     found, word = row.fidelity, closeness(row)
@@ -87,7 +88,7 @@ def _pays_off(row: Row) -> str:
 
 def _reason(row: Row, before: str) -> Text:
     style = "red" if row.status == "failed" else "yellow"
-    name, reason = fmt.one_line(row.name), fmt.one_line(row.reason or "")
+    name, reason = readable(row.name), fmt.one_line(row.reason or "")
     return Text.assemble(before, (f"{row.status} ", style), (name, "bold"), f": {reason}")
 
 

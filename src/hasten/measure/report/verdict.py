@@ -59,9 +59,15 @@ def noise_floor(comparison: Comparison) -> FidelityRecord | None:
     return next((row.noise_floor for row in comparison.rows if row.noise_floor), None)
 
 
+def has_run(row: Row) -> bool:
+    """True for a row whose figures count: a failed one may hold some, but of something that did not work."""
+    return row.status in ("ok", "interrupted")
+
+
 def measured(comparison: Comparison) -> list[Row]:
     """The rows other than the baseline that have both a speed-up and a fidelity, fastest first."""
-    found = [row for row in comparison.rows if row.kind != "baseline" and row.speedup and row.fidelity]
+    rows = (row for row in comparison.rows if row.kind != "baseline" and has_run(row))
+    found = [row for row in rows if row.speedup and row.fidelity]
     return sorted(found, key=lambda row: -(row.speedup or 0))
 
 
@@ -112,6 +118,15 @@ def pick(comparison: Comparison) -> Choice | None:
     found = choices(comparison)
     close = [choice for choice in found if choice.limit != "strong"]
     return (close or found or [None])[-1]
+
+
+def nearest_control(comparison: Comparison) -> Row | None:
+    """The control whose speed is nearest to that of the row pointed at, or else the fastest one."""
+    choice, found = pick(comparison), controls(comparison)
+    if choice is None:
+        return found[0] if found else None
+    aim = choice.row.speedup or 1.0
+    return min(found, key=lambda row: abs((row.speedup or 1.0) - aim), default=None)
 
 
 def beaten_by(row: Row, comparison: Comparison) -> Row | None:

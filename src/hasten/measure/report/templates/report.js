@@ -24,7 +24,7 @@
   let flipped = false;
 
   const shot = (row) => document.querySelector(`.shot[data-row="${row}"][data-image="${which.value}"]`);
-  const nameOf = (select) => select.selectedOptions[0].textContent;
+  const nameOf = (select) => select.selectedOptions[0].dataset.label;
   const mode = () => document.querySelector('input[name="mode"]:checked').value;
   const heatOf = (button) => button && button.parentElement.querySelector(".heat img");
 
@@ -40,6 +40,7 @@
 
   function moveSplit() {
     const percent = Number(split.value);
+    under.style.clipPath = `inset(0 ${100 - percent}% 0 0)`;
     over.style.clipPath = `inset(0 0 0 ${percent}%)`;
     divider.style.left = `${percent}%`;
   }
@@ -47,7 +48,7 @@
   function describe(select) {
     const button = shot(select.value);
     if (!button) return `${nameOf(select)}: no image`;
-    return nameOf(select) + (button.dataset.note ? ` (${button.dataset.note})` : "");
+    return select.selectedOptions[0].textContent + (button.dataset.note ? ` (${button.dataset.note})` : "");
   }
 
   function showSlide(a, b) {
@@ -89,11 +90,11 @@
     stage.dataset.mode = kind;
     flipper.hidden = kind !== "flip";
     split.hidden = divider.hidden = names.right.hidden = kind !== "slide";
-    over.style.clipPath = "";
+    under.style.clipPath = over.style.clipPath = "";
     if (kind === "slide") told.textContent = showSlide(photo(a), photo(b));
     else if (kind === "flip") told.textContent = showFlip(photo(a), photo(b));
     else told.textContent = showHeat();
-    missing.hidden = !under.hidden;
+    missing.hidden = !under.hidden || (kind === "slide" && !over.hidden);
     missing.textContent = kind === "heat" ? told.textContent : "No image";
   }
 

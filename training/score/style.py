@@ -1,0 +1,128 @@
+"""A small style classifier: logistic regression on the palette and on early features of EfficientNet-Lite0.
+
+What sets the emoji sets apart is mostly their palette, and lines and shading. The classifier that judges an image
+was not fitted with any image of the same concept, and half of its training images are softened, tinted copies, so
+that it does not hang on exact colour values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from score.cache import digest, remember
+from score.features import network, over_batches
+
+FOLDS = 5
+BINS = (6, 12)
+STAGES = (0, 2, 4, 7)
+PENALTY = 0.01
+
+
+def palette(pixels: Tensor, bins: int) -> Tensor:
+    """Square root of the colour histogram [N, bins^3] of all but white pixels, shared out trilinearly."""
+    place = pixels.flatten(2) * (bins - 1)
+    low = place.floor().clamp(max=bins - 2)
+    part, low = place - low, low.long()
+    drawn = (pixels.flatten(2).amin(dim=1) < 0.97).float()
+    histogram = pixels.new_zeros(len(pixels), bins**3)
+    for corner in range(8):
+        steps = [corner >> channel & 1 for channel in range(3)]
+        weight, index = drawn, torch.zeros_like(low[:, 0])
+        for channel, step in enumerate(steps):
+            weight = weight * (part[:, channel] if step else 1 - part[:, channel])
+            index = index * bins + low[:, channel] + step
+        histogram.scatter_add_(1, index, weight)
+    return (histogram / (histogram.sum(dim=1, keepdim=True) + 1e-3)).sqrt()
+
+
+def texture(pixels: Tensor) -> Tensor:
+    """Mean and spread of every channel after the stem and after a few early blocks."""
+    net = network()
+    hidden = F.relu6(net._bn0(net._conv_stem((pixels * 255 - 127) / 128)))
+    found = [hidden.mean(dim=(2, 3)), hidden.std(dim=(2, 3))]
+    for index, block in enumerate(net._blocks[: STAGES[-1] + 1]):
+        hidden = block(hidden)
+        if index in STAGES:
+            found += [hidden.mean(dim=(2, 3)), hidden.std(dim=(2, 3))]
+    return torch.cat(found, dim=1)
+
+
+def describe(pixels: Tensor) -> Tensor:
+    """All style features of images [N, 3, H, W] in [0, 1]."""
+    return torch.cat([texture(pixels), *(palette(pixels, bins) for bins in BINS)], dim=1)
+
+
+def blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur with `sigma` in pixels."""
+    offsets = torch.arange(-4.0, 5.0)
+    weights = torch.exp(-offsets.square() / (2 * sigma**2))
+    weights = (weights / weights.sum()).expand(3, 1, 1, 9)
+    across = F.conv2d(F.pad(pixels, (4, 4, 0, 0), mode="replicate"), weights, groups=3)
+    return F.conv2d(F.pad(across, (0, 0, 4, 4), mode="replicate"), weights.transpose(2, 3), groups=3)
+
+
+def soften(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy as a decoder might have drawn it: blurred, slightly tinted (white stays white), with faint noise."""
+    sigma = 0.4 + 0.6 * torch.rand(1, generator=generator).item()
+    tint = 1 + 0.05 * torch.randn(len(pixels), 3, 1, 1, generator=generator)
+    noise = 0.012 * torch.randn(pixels.shape, generator=generator)
+    return ((blur(pixels, sigma) - 1) * tint + 1 + noise).clamp(0, 1)
+
+
+def style_features(images: Tensor, cache: Path, softened: bool = False) -> Tensor:
+    """Features of images uint8 [N, H, W, 3], or of softened copies, remembered."""
+    generator = torch.Generator().manual_seed(0)
+
+    def compute(pixels: Tensor) -> Tensor:
+        return describe(soften(pixels, generator) if softened else pixels)
+
+    path = cache / f"style-{'soft' if softened else 'plain'}-{digest(images)}.safetensors"
+    return remember(path, lambda: {"features": over_batches(images, compute)})["features"]
+
+
+def fit(features: Tensor, styles: Tensor, classes: int) -> dict[str, Tensor]:
+    """Multinomial logistic regression with a quadratic penalty, on standardised features."""
+    mean, spread = features.mean(dim=0), features.std(dim=0) + 1e-3
+    scaled = (features - mean) / spread
+    weight = torch.zeros(features.shape[1], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(scaled @ weight + bias, styles) + PENALTY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return {"mean": mean, "spread": spread, "weight": weight.detach(), "bias": bias.detach()}
+
+
+class StyleClassifier:
+    """Cross-fitted over concepts: classifier k was fitted without the concepts of fold k."""
+
+    def __init__(self, images: Tensor, styles: Tensor, concepts: Tensor, cache: Path) -> None:
+        self.classes, count = int(styles.max()) + 1, int(concepts.max()) + 1
+        self.fold_of_concept = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % FOLDS
+        self.cache = cache
+        features = [style_features(images, cache), style_features(images, cache, softened=True)]
+        folds = self.fold_of_concept[concepts]
+        self.models = [self._model([part[folds != fold] for part in features], styles[folds != fold]) for fold in range(FOLDS)]
+
+    def _model(self, features: list[Tensor], styles: Tensor) -> dict[str, Tensor]:
+        key = digest(*features, styles, f"{PENALTY}")
+        path = self.cache / f"style-model-{key}.safetensors"
+        return remember(path, lambda: fit(torch.cat(features), styles.repeat(2), self.classes))
+
+    def predict(self, features: Tensor, concepts: Tensor) -> Tensor:
+        """The most likely style of each image, given which concept it shows."""
+        scores = features.new_zeros(len(features), self.classes)
+        folds = self.fold_of_concept[concepts]
+        for fold, model in enumerate(self.models):
+            chosen = folds == fold
+            scores[chosen] = (features[chosen] - model["mean"]) / model["spread"] @ model["weight"] + model["bias"]
+        return scores.argmax(dim=1)
