@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from hasten.core.registry import specs
@@ -74,7 +75,7 @@ def equal(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
 
 
 @contextmanager
-def executed(model: nn.Module, *kinds: type[nn.Module]) -> Iterator[list[str]]:
+def executed(model: nn.Module, *kinds: type[nn.Module]) -> Generator[list[str]]:
     """Names of the sub-modules of these kinds that really run, in order."""
     names: list[str] = []
 

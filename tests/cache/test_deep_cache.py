@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from cache_harness import Arguments, Graphs, Pipe, equal, executed, repeat, sample
+from by_hand import deep_feature, residuals, shallow
+from cache_harness import Graphs, Pipe, equal, executed, repeat, sample
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 
 from hasten.cache.deep_cache import DeepCache
-from hasten.cache.unet_stages import Cut, ShallowRun, cuts
+from hasten.cache.unet_stages import ShallowRun, cuts
 from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
@@ -34,24 +34,6 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def residuals(pipe: Pipe, given: Arguments, seed: int) -> Arguments:
-    """What a ControlNet adds: one residual for each skip connection, and one for the middle."""
-    shapes: list[torch.Size] = []
-    hook = pipe.model.conv_in.register_forward_hook(lambda *call: shapes.append(call[2].shape))
-    hooks = [d.register_forward_hook(lambda *call: shapes.extend(o.shape for o in call[2][1])) for d in downs(pipe)]
-    with torch.no_grad():
-        pipe.model(**given)
-    for handle in (hook, *hooks):
-        handle.remove()
-    generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(shape, generator=generator) for shape in (*shapes, shapes[-1])]
-    return {"down_block_additional_residuals": tuple(made[:-1]), "mid_block_additional_residual": made[-1]}
-
-
-def downs(pipe: Pipe) -> list[Any]:
-    return list(pipe.model.down_blocks)
-
-
 @pytest.mark.parametrize("architecture", ["stable_diffusion", "sdxl"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_reused_step_with_the_same_input_equals_the_full_one(architecture: str, size: dict[str, int]) -> None:
@@ -63,60 +45,6 @@ def test_a_reused_step_with_the_same_input_equals_the_full_one(architecture: str
             assert equal(repeat(pipe, 3, given), plain * 3)
             (evidence,) = session.evidence().values()
             assert list(evidence.step_map.values()) == [(True, False, False)]
-
-
-def shallow(model: Any, cut: Cut, given: Arguments, feature: torch.Tensor) -> torch.Tensor:
-    """The outer part of a U-Net, written out by hand from the paper."""
-    emb = model.time_embedding(model.get_time_embed(sample=given["sample"], timestep=given["timestep"]))
-    text = given["encoder_hidden_states"]
-    hidden = model.conv_in(given["sample"])
-    skips = [hidden]
-    for stage in model.down_blocks[: cut.stage + 1]:
-        inner = stage is model.down_blocks[cut.stage]
-        for i, resnet in enumerate(stage.resnets[: cut.layers if inner else None]):
-            hidden = layer(stage, i, resnet, hidden, emb, text)
-            skips.append(hidden)
-        if not inner:
-            hidden = stage.downsamplers[0](hidden)
-            skips.append(hidden)
-    added = given.get("down_block_additional_residuals", ())
-    skips = [skip + extra for skip, extra in zip(skips, added, strict=False)] if added else skips
-    return ascend(model, cut, skips, feature, emb, text)
-
-
-def ascend(
-    model: Any, cut: Cut, skips: list[torch.Tensor], hidden: torch.Tensor, emb: torch.Tensor, text: torch.Tensor
-) -> torch.Tensor:
-    for distance in range(cut.stage, -1, -1):
-        stage = model.up_blocks[len(model.up_blocks) - 1 - distance]
-        first = len(stage.resnets) - 1 - cut.layers if distance == cut.stage else 0
-        for i in range(first, len(stage.resnets)):
-            hidden = torch.cat([hidden, skips.pop()], dim=1)
-            hidden = layer(stage, i, stage.resnets[i], hidden, emb, text)
-        if stage.upsamplers is not None:
-            hidden = stage.upsamplers[0](hidden, skips[-1].shape[2:])
-    return model.conv_out(model.conv_act(model.conv_norm_out(hidden)))
-
-
-def layer(
-    stage: Any, index: int, resnet: Any, hidden: torch.Tensor, emb: torch.Tensor, text: torch.Tensor
-) -> torch.Tensor:
-    hidden = resnet(hidden, emb)
-    if hasattr(stage, "attentions"):
-        hidden = stage.attentions[index](hidden, encoder_hidden_states=text, return_dict=False)[0]
-    return hidden
-
-
-def deep_feature(model: Any, cut: Cut, given: Arguments) -> torch.Tensor:
-    """The input of the first up layer that a shallow run computes, without the skip connection joined to it."""
-    stage = model.up_blocks[len(model.up_blocks) - 1 - cut.stage]
-    resnet = stage.resnets[len(stage.resnets) - 1 - cut.layers]
-    in_order = [model.mid_block.resnets[-1], *(r for up in model.up_blocks for r in up.resnets)]
-    seen: list[torch.Tensor] = []
-    handle = resnet.register_forward_hook(lambda *call: seen.append(call[1][0]))
-    model(**given)
-    handle.remove()
-    return seen[0][:, : in_order[in_order.index(resnet) - 1].out_channels]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -179,7 +107,8 @@ def test_three_requests_with_other_prompts_and_step_counts(pipe: Pipe) -> None:
             assert equal(sample(pipe, steps, given), expected)
             (evidence,) = session.evidence().values()
             assert evidence.step_map == {"unet call 1": tuple(i % 3 == 0 for i in range(steps))}
-        assert (evidence.full_steps, evidence.reused_steps) == (2 + 3 + 1, 2 + 4 + 2)
+        (evidence,) = session.evidence().values()
+    assert (evidence.full_steps, evidence.reused_steps) == (2 + 3 + 1, 2 + 4 + 2)
 
 
 def test_a_request_after_an_aborted_one_starts_afresh(pipe: Pipe) -> None:
@@ -263,25 +192,31 @@ def test_freeu_scales_the_kept_feature_once(pipe: Pipe) -> None:
         pipe.model.disable_freeu()
 
 
-@pytest.mark.parametrize("patch_first", [True, False])
-def test_regional_compilation_needs_no_more_graphs(patch_first: bool) -> None:
-    counts: list[int] = []
-    for technique in (None, DeepCache(branch=4)):
-        torch.compiler.reset()
-        pipe, graphs = Pipe("stable_diffusion"), Graphs()
-        if not patch_first:
-            graphs.compile_blocks(pipe)
-        session = accelerate(pipe, technique) if technique else None
-        if patch_first:
-            graphs.compile_blocks(pipe)
-        sample(pipe, 4, pipe.arguments(1))
-        counts.append(graphs.count)
-        with torch.compiler.set_stance("fail_on_recompile"):
+def test_regional_compilation_needs_no_more_graphs() -> None:
+    torch.compiler.reset()
+    pipe, graphs = Pipe("stable_diffusion"), Graphs()
+    graphs.compile_blocks(pipe)
+    sample(pipe, 2, pipe.arguments(1))
+    plain = graphs.count
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with accelerate(pipe, DeepCache(branch=4)) as session:
             for seed, steps in enumerate((3, 6, 2)):
                 sample(pipe, steps, pipe.arguments(seed))
-        if session is not None:
-            session.close()
-    assert counts[0] == counts[1] == graphs.count
+            assert session.evidence()
+        sample(pipe, 2, pipe.arguments(1))
+    assert graphs.count == plain
+
+
+def test_compiling_after_installing_needs_no_more_graphs_either() -> None:
+    torch.compiler.reset()
+    pipe, graphs = Pipe("stable_diffusion"), Graphs()
+    with accelerate(pipe, DeepCache()):
+        graphs.compile_blocks(pipe)
+        sample(pipe, 1, pipe.arguments(1))
+        plain = graphs.count
+        with torch.compiler.set_stance("fail_on_recompile"):
+            sample(pipe, 4, pipe.arguments(2))
+    assert graphs.count == plain
 
 
 def test_interval_one_changes_nothing_and_keeps_nothing(pipe: Pipe) -> None:
@@ -336,20 +271,15 @@ def test_refusals_name_the_way_out(pipe: Pipe) -> None:
         accelerate(uneven, DeepCache())
 
 
-def test_the_predicted_cost_follows_the_branch() -> None:
-    target = Target.planned("stable-diffusion-v1-5")
-    shallow, deep = (DeepCache(branch=b).cost(target, Workload()) for b in (0, 11))
-    assert shallow.time_factor is not None
-    assert deep.time_factor is not None
-    assert 1 / 3 < shallow.time_factor < 0.5 < 0.95 < deep.time_factor < 1
-    assert shallow.extra_bytes == 2 * 320 * 64 * 64 * 4
-    assert deep.extra_bytes == 2 * 1280 * 8 * 8 * 4
+def test_the_predicted_cost_follows_the_branch(pipe: Pipe) -> None:
+    target, workload = Target.of(pipe), Workload(width=128, height=64)
+    costs = {branch: DeepCache(branch=branch).cost(target, workload) for branch in (0, 4, 8)}
+    shallow, middle, deep = (cost.time_factor or 0 for cost in costs.values())
+    assert 1 / 3 < shallow < 0.5 < middle < 0.9 < deep < 1
+    given = pipe.arguments(batch=2, width=16, height=8)
+    for branch, cost in costs.items():
+        assert cost.extra_bytes == deep_feature(pipe.model, cuts(target.denoisers[0])[branch], given).numel() * 4
 
 
-def test_the_predicted_memory_is_what_is_kept(pipe: Pipe) -> None:
-    technique = DeepCache(branch=4, interval=1)
-    cost = technique.cost(Target.of(pipe), Workload(width=128, height=64))
-    assert cost.time_factor == 1
-    cut = cuts(Target.of(pipe).denoisers[0])[4]
-    feature = deep_feature(pipe.model, cut, pipe.arguments(batch=2, width=16, height=8))
-    assert cost.extra_bytes == feature.numel() * 4
+def test_without_reuse_the_predicted_time_stays(pipe: Pipe) -> None:
+    assert DeepCache(interval=1).cost(Target.of(pipe), Workload()).time_factor == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def _step_map(full: int, steps: int) -> tuple[bool, ...]:
 
 
 def _save(picture: Image.Image, folder: Path, name: str, index: int) -> str:
-    path = f"images/{name.replace(' ', '_').replace('+', 'and')}_{index}.png"
+    path = f"images/{re.sub('[^a-zA-Z0-9.]+', '-', name).strip('-')[:80]}-{index}.png"
     (folder / "images").mkdir(exist_ok=True)
     picture.save(folder / path)
     return path

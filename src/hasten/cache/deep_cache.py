@@ -98,9 +98,7 @@ class _Kept:
 class _Runner:
     """Decides for one U-Net before each call; the whole decision is known on the host."""
 
-    def __init__(
-        self, denoiser: Denoiser, run: ShallowRun, interval: int, clock: Clock, decisions: Decisions
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, run: ShallowRun, interval: int, clock: Clock, decisions: Decisions) -> None:
         self._name, self._run, self._interval = denoiser.name, run, interval
         self._clock, self._decisions = clock, decisions
         self._signature = inspect.signature(denoiser.module.forward)

@@ -49,9 +49,9 @@ class FORA(Technique):
             if not denoiser.spec.stacks:
                 continue
             if not any(stack.branches for stack in denoiser.spec.stacks):
-                yield f"the specification of {denoiser.spec.model_class} names no branches; FirstBlockCache needs none."
+                yield f"the specification of {denoiser.spec.model_class} names no branches; use FirstBlockCache."
             elif any(getattr(block, "_chunk_size", None) for _, block in _blocks(denoiser)):
-                yield f"the feed-forward of {denoiser.spec.model_class} is chunked; call disable_forward_chunking() first."
+                yield "the feed-forward runs in chunks, so no single output can be kept; switch chunking off."
 
     def apply(self, target: Target, patch: Patch) -> None:
         """Install a cell around every branch of every denoiser."""
@@ -187,9 +187,7 @@ class _Kept:
 class _Runner:
     """Decides for one denoiser before each call; the whole decision is known on the host."""
 
-    def __init__(
-        self, name: str, branches: BranchReuse, interval: int, clock: Clock, decisions: Decisions
-    ) -> None:
+    def __init__(self, name: str, branches: BranchReuse, interval: int, clock: Clock, decisions: Decisions) -> None:
         self._name, self._branches, self._interval = name, branches, interval
         self._clock, self._decisions = clock, decisions
         self._store = BranchStore(_Kept)

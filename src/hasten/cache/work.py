@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ _PIXELS_PER_LATENT = 8
 
 def stand_in(denoiser: Denoiser) -> Denoiser:
     """A copy of the denoiser on the meta device: same shapes and type, no memory."""
-    config = {k: v for k, v in dict(denoiser.module.config).items() if not k.startswith("_")}  # pyright: ignore
+    config = {key: value for key, value in _config(denoiser).items() if not key.startswith("_")}
     dtype = next(denoiser.module.parameters()).dtype
     module = denoiser.spec.build(config, device="meta")
     # Not the model's own `to`, which warns of weights that a run should keep in float32.
@@ -32,7 +33,7 @@ def example_call(denoiser: Denoiser, target: Target, workload: Workload) -> dict
     Without a size in the workload the released model's counts, then the configuration's, then 1024 pixels; one
     latent pixel stands for 8 x 8 pixels unless the pipeline says otherwise. Guidance in one batch doubles it.
     """
-    spec, config = denoiser.spec, dict(denoiser.module.config)  # pyright: ignore
+    spec, config = denoiser.spec, _config(denoiser)
     scale = int(getattr(target.pipeline, "vae_scale_factor", _PIXELS_PER_LATENT))
     released = spec.released.get(target.title)
     usual = config.get("sample_size")
@@ -53,6 +54,10 @@ def flops(denoiser: Denoiser, arguments: dict[str, Any]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser.module(**arguments)
     return counter.get_total_flops()
+
+
+def _config(denoiser: Denoiser) -> dict[str, Any]:
+    return dict(cast("Mapping[str, Any]", denoiser.module.config))
 
 
 def _to_meta(value: Any, dtype: torch.dtype) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from hasten.compilation.compiler import CompileCounter, missing_tools, mode_options
+from hasten.compilation.compiler import CompileCounter, bound, call_block, missing_tools, mode_options, own_code
 from hasten.core.errors import NotEngaged
+from hasten.core.intercept import base_class
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Target
@@ -54,12 +55,15 @@ class CompileBlocks(Technique):
         """Give every repeated block a compiled call."""
         counter = patch.keep(CompileCounter())
         backend = counter.around(self.backend, mode_options(self.mode) if self.backend == "inductor" else {})
+        runs: dict[type, Callable[..., Any]] = {}
         for denoiser in target.denoisers:
             for _, block in denoiser.of_class(*denoiser.spec.repeated_blocks):
-                compiled = torch.compile(
-                    block._call_impl, backend=backend, fullgraph=self.fullgraph, dynamic=self.dynamic
-                )
-                patch.set(block, "_compiled_call_impl", compiled, "is compiled")
+                kind = base_class(block)
+                runs.setdefault(kind, self._compiled(backend))
+                patch.set(block, "_compiled_call_impl", bound(runs[kind], block), "is compiled")
+
+    def _compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(own_code(call_block), backend=backend, fullgraph=self.fullgraph, dynamic=self.dynamic)
 
     def engaged(self, session: Session) -> Evidence:
         """Graphs were compiled and called."""

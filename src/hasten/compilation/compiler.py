@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 
 @dataclass
@@ -36,6 +38,31 @@ class CompileCounter:
             return run
 
         return compile_graph
+
+
+def call_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a block as its own call would, hooks included; this is the function that is compiled."""
+    return nn.Module._call_impl(block, *args, **kwargs)
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a function with a code object of its own.
+
+    torch.compile keeps graphs per code object, up to a limit of 8. With its own, each session starts with none,
+    and its graphs disappear with it.
+    """
+    copied = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def bound(run: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+    """The compiled call of one block."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(block, *args, **kwargs)
+
+    return call
 
 
 def _compile(backend: str, graph: torch.fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Any]:

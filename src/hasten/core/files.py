@@ -81,9 +81,7 @@ def _laid_out(value: object, newline: str) -> str:
     deeper = newline + "  "
     if isinstance(value, Mapping) and value:
         pairs = cast("Mapping[str, object]", value).items()
-        return (
-            "{" + ",".join(f"{deeper}{_scalar(k)}: {_laid_out(v, deeper)}" for k, v in pairs) + newline + "}"
-        )
+        return "{" + ",".join(f"{deeper}{_scalar(k)}: {_laid_out(v, deeper)}" for k, v in pairs) + newline + "}"
     if isinstance(value, list | tuple):
         items = cast("list[object]", value)
         if any(isinstance(item, Mapping | list | tuple) for item in items):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePosixPath, PureWindowsPath
 
 from hasten.measure.comparison import Comparison, FidelityRecord, Row, Steps
 
@@ -101,6 +102,12 @@ def lpips_note(comparison: Comparison) -> str:
     """At which resolution LPIPS compared the images, if that was recorded."""
     sizes = {row.fidelity.lpips_resolution for row in comparison.rows if row.fidelity} - {None}
     return f"LPIPS at {', '.join(map(str, sorted(map(int, filter(None, sizes)))))} px" if sizes else ""
+
+
+def model_name(model: str) -> str:
+    """A hub id or bundled name as it is, a path by its last part."""
+    path = PureWindowsPath(model) if "\\" in model else PurePosixPath(model)
+    return path.name or model if path.is_absolute() or model.startswith((".", "~")) else model
 
 
 def plural(number: int, noun: str) -> str:

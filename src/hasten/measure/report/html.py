@@ -105,6 +105,7 @@ def render_html(comparison: Comparison, folder: Path) -> str:
         .render(
             comparison=comparison,
             work=comparison.workload,
+            model=fmt.model_name(comparison.workload.model),
             headline=summary.headline(comparison),
             paragraphs=[summary.sentences(comparison), summary.cautions(comparison)],
             tiles=summary.tiles(comparison),
@@ -183,7 +184,7 @@ def _view(index: int, label: str, comparison: Comparison) -> RowView:
         closeness=verdict.closeness(row) if found else "",
         difference=verdict.difference_text(row),
         engaged=_dashed(fmt.engaged(row)),
-        parts=_parts(row.phases, median, slowest) if row.phases else [],
+        parts=_parts(row.phases, median, slowest) if row.phases and verdict.has_run(row) else [],
         strips=_strips(row),
     )
 

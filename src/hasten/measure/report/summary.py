@@ -115,12 +115,13 @@ def _plain(comparison: Comparison) -> Iterator[Sentence]:
     size = f"{work.width} {_TIMES} {work.height} in {fmt.plural(work.steps, 'step')}"
     if row is None or row.seconds_per_image is None:
         text = "The plain pipeline ({b}, {}) was not measured, so nothing can be compared with it."
-        yield _say(text, work.model, size)
+        yield _say(text, fmt.model_name(work.model), size)
         return
     text = "The plain pipeline, {b} at {}, takes {} s an image here ({} on {}; median over {}, {} each)."
     time = fmt.seconds(row.seconds_per_image.median)
     images = fmt.plural(len(work.prompts) * len(work.seeds), "image")
-    yield _say(text, work.model, size, time, work.dtype, work.device, images, fmt.plural(work.runs, "run"))
+    where = (work.dtype, work.device, images, fmt.plural(work.runs, "run"))
+    yield _say(text, fmt.model_name(work.model), size, time, *where)
 
 
 def _choice(choice: Choice) -> Sentence:
@@ -171,7 +172,8 @@ def _warnings(comparison: Comparison) -> Iterator[Sentence]:
     for status in ("refused", "failed", "interrupted"):
         rows = [row for row in comparison.rows if row.status == status]
         if rows:
-            yield _say("{b} {} {}.", _names(rows), "was" if len(rows) == 1 else "were", status)
+            verb = "" if status == "failed" else "was " if len(rows) == 1 else "were "
+            yield _say("{b} {}.", _names(rows), verb + status)
 
 
 def _floor(comparison: Comparison) -> Iterator[Sentence]:

@@ -1,8 +1,12 @@
-"""The comparison as a table for the terminal: readable at 100 columns, without colour, in ASCII."""
+"""The comparison as a table for the terminal: readable from 80 columns on, without colour, in ASCII."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -30,13 +34,22 @@ _NUMBERS = (
     "SSIM",
     "LPIPS",
 )
+_NARROW = (
+    "s/image\nrange",
+    "speed-up\nset-up s\npays off",
+    "peak\nmemory",
+    "full/\nreused",
+    "PSNR dB\ndiffers",
+    "SSIM\nLPIPS",
+)
+_WIDE = 96  # columns from which every figure has a column of its own
 
 
 def render_table(comparison: Comparison) -> Table:
     """Lay out the results; rows that did not run say why below, over the whole width."""
     whole = Table.grid(expand=False)
     whole.add_column()
-    whole.add_row(_results(comparison))
+    whole.add_row(_Results(comparison))
     explained = [row for row in comparison.rows if row.reason]
     for row in explained:
         whole.add_row(_reason(row, "\n" if row is explained[0] else ""))
@@ -44,15 +57,45 @@ def render_table(comparison: Comparison) -> Table:
     return whole
 
 
-def _results(comparison: Comparison) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+class _Results:
+    """The rows, one figure a column; where that does not fit, some columns hold two figures."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        rows = [_cells(row, comparison) for row in comparison.rows]
+        self.wide = _laid_out(_NUMBERS, rows, gap=1)
+        self.narrow = _laid_out(_NARROW, [_narrowed(cells) for cells in rows], gap=0)
+
+    def _fitting(self, options: ConsoleOptions) -> Table:
+        return self.wide if options.max_width >= _WIDE else self.narrow
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._fitting(options)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._fitting(options))
+
+
+def _laid_out(numbers: Sequence[str], rows: Sequence[list[Text]], gap: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0), show_edge=False)
     table.add_column("recipe", overflow="fold", min_width=16)
-    for name in _NUMBERS:
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("engaged", min_width=7)
-    for row in comparison.rows:
-        table.add_row(*_cells(row, comparison))
+    for cells in rows:
+        table.add_row(*cells)
     return table
+
+
+def _narrowed(cells: list[Text]) -> list[Text]:
+    """Speed-up above set-up, and SSIM above LPIPS."""
+    if len(cells) < len(_NUMBERS):
+        return cells
+    name, time, speedup, setup, memory, steps, psnr, ssim, lpips, engaged = cells
+    return [name, time, _stacked(speedup, setup), memory, steps, psnr, _stacked(ssim, lpips), engaged]
+
+
+def _stacked(upper: Text, lower: Text) -> Text:
+    return Text("\n").join([upper, lower])
 
 
 def _cells(row: Row, comparison: Comparison) -> list[Text]:

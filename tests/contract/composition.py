@@ -1,0 +1,90 @@
+"""Runs every pair of techniques on every architecture and writes the outcome as data: `make table`.
+
+The table ships with the package (`src/hasten/data/composition.json`), beside a hash of the sources it was made
+from; the tests fail when it is stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.core.files import atomic_write_text, json_text
+from hasten.core.recipe import Recipe
+from hasten.core.registry import FAMILIES
+from hasten.core.resolve import resolve
+from hasten.core.target import Target
+from tests.contract.rigs import ARCHITECTURES, TECHNIQUES, Rig, fingerprint, make, plain_output, trial
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "src" / "hasten" / "data" / "composition.json"
+APPLIES = "applies"
+TRIPLES_ON = ("flux", "stable_diffusion")
+"""Architectures on which combinations of three are run as well."""
+
+
+def source_hash() -> str:
+    """A hash over the sources that decide about compositions."""
+    folders = ("core", "denoisers", *FAMILIES)
+    files = sorted(file for name in folders for file in (ROOT / "src" / "hasten" / name).rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def combinations(architecture: str) -> Iterator[tuple[str, ...]]:
+    """The combinations whose outcome is recorded for an architecture."""
+    for size in (1, 2, 3) if architecture in TRIPLES_ON else (1, 2):
+        yield from itertools.combinations(TECHNIQUES, size)
+
+
+def refusal(names: tuple[str, ...], rig: Rig) -> str | None:
+    """What the planner says against a combination, without applying it."""
+    reasons = resolve(Recipe(tuple(map(trial, names))), Target.of(rig)).refusals
+    return " ".join(reasons) or None
+
+
+def outcome(names: tuple[str, ...], architecture: str) -> str:
+    """The planner's sentence, or "applies" after a run in which all took part and everything was restored."""
+    rig = make(architecture)
+    return refusal(names, rig) or check_applies(names, rig)
+
+
+def check_applies(names: tuple[str, ...], rig: Rig) -> str:
+    """Run a combination in both orders of writing; asserts that it works, and returns "applies"."""
+    before, outputs = fingerprint(rig), list[torch.Tensor]()
+    for ordered in {names, names[::-1]}:
+        with rig.accelerated(*map(trial, ordered)) as session:
+            outputs.append(rig.run())
+            session.evidence()
+    assert all(output.isfinite().all() and torch.equal(output, outputs[0]) for output in outputs), names
+    assert fingerprint(rig)[1:] == before[1:], names
+    assert torch.equal(rig.run(), plain_output(rig.spec.name)), names
+    return APPLIES
+
+
+def make_table() -> dict[str, Any]:
+    """Run everything and return the table."""
+    outcomes = {
+        architecture: {" + ".join(names): outcome(names, architecture) for names in combinations(architecture)}
+        for architecture in ARCHITECTURES
+    }
+    return {"sources": source_hash(), "techniques": list(TECHNIQUES), "outcomes": outcomes}
+
+
+if __name__ == "__main__":
+    from tests.contract.tables import write_documents
+
+    torch.set_num_threads(1)
+    table = make_table()
+    atomic_write_text(TABLE, json_text(table))
+    write_documents(table)
+    for architecture, found in table["outcomes"].items():
+        applying = sum(value == APPLIES for value in found.values())
+        print(f"{architecture}: {applying} of {len(found)} combinations apply, the others are refused with a reason")

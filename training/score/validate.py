@@ -1,0 +1,91 @@
+"""Checks the scores on real images, before any sample is judged: they must move the right way and stop at chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score.alignment import retrieval
+from score.features import image_features, over_batches
+from score.judge import Judge, Samples
+from score.kid import kid, kid_floor
+from score.style import blur, soften, style_features
+
+KID_SUBSET = 250
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1] as uint8 [N, H, W, 3]."""
+    return (pixels * 255).round().byte().permute(0, 2, 3, 1)
+
+
+def damaged(images: Tensor) -> dict[str, Tensor]:
+    """Real images as a mediocre model might draw them."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "softened": over_batches(images, lambda x: as_bytes(soften(x, generator))),
+        "blur 2 px": over_batches(images, lambda x: as_bytes(blur(x, 2.0))),
+        "noise sd 16/255": over_batches(
+            images, lambda x: as_bytes((x + torch.randn(x.shape, generator=generator) * 16 / 255).clamp(0, 1))
+        ),
+    }
+
+
+def judge_images(judge: Judge, images: Tensor, places: Tensor) -> dict[str, float]:
+    """KID against all real images, retrieval and style of changed real images that stand at `places` of the set."""
+    features, targets = image_features(images, judge.cache), judge.targets[places]
+    found = retrieval(judge.alignment.similarities(features, judge.alignment.folds[places]), targets)
+    wanted = judge.style_index(judge.emoji.styles[i] for i in places.tolist())
+    right = judge.classifier.predict(style_features(images, judge.cache), targets) == wanted
+    distance = kid(features, judge.features, KID_SUBSET)
+    return {"kid": distance.mean, "top1": found.top1, "top5": found.top5, "style": right.float().mean().item()}
+
+
+def wrong_captions(judge: Judge) -> dict[str, float]:
+    """What images get for captions that are not theirs: chance."""
+    order = torch.randperm(len(judge.targets), generator=torch.Generator().manual_seed(2))
+    similar = judge.alignment.similarities(judge.features, judge.alignment.folds)
+    found = retrieval(similar, judge.targets[order])
+    styles = judge.style_index(judge.emoji.styles)
+    right = judge.classifier.predict(style_features(judge.emoji.images, judge.cache), judge.targets) == styles[order]
+    return {"top1": found.top1, "top5": found.top5, "style": right.float().mean().item()}
+
+
+def one_style(judge: Judge) -> dict[str, float]:
+    """KID of each style's real images against all: a model stuck in one style."""
+    styles = judge.style_index(judge.emoji.styles)
+    return {
+        style: kid(judge.features[styles == i], judge.features, KID_SUBSET).mean for i, style in enumerate(judge.styles)
+    }
+
+
+def real_scores(judge: Judge) -> dict[str, Any]:
+    """Real images as if they were samples: retrieval and style, seen and held out."""
+    held_out, every = judge.emoji.held_out, torch.arange(len(judge.targets))
+    found: dict[str, Any] = {}
+    for split, chosen in (("seen", ~held_out), ("held_out", held_out)):
+        found[split] = judge_images(judge, judge.emoji.images[chosen], every[chosen])
+    return found
+
+
+def validate(judge: Judge, count: int = 1024) -> dict[str, Any]:
+    """Everything above; `count` images are damaged."""
+    places = torch.randperm(len(judge.targets), generator=torch.Generator().manual_seed(3))[:count]
+    images = damaged(judge.emoji.images[places])
+    floor = kid_floor(judge.features, KID_SUBSET)
+    return {
+        "kid_subset": KID_SUBSET,
+        "kid_floor": {"mean": floor.mean, "spread": floor.spread},
+        "real": real_scores(judge),
+        "damaged": {kind: judge_images(judge, changed, places) for kind, changed in images.items()},
+        "wrong_captions": wrong_captions(judge),
+        "kid_of_one_style": one_style(judge),
+    }
+
+
+def perfect_samples(judge: Judge) -> Samples:
+    """The real images, handed in as samples."""
+    emoji = judge.emoji
+    return Samples(emoji.images, emoji.names, list(emoji.styles), emoji.held_out)
