@@ -41,9 +41,7 @@ def sample(pipe: Pipe, steps: int, *branches: Arguments, stop_after: int | None 
     outputs: list[torch.Tensor] = []
     picture = branches[0][pipe.input]
     pipe.scheduler.set_timesteps(steps)
-    for index, timestep in enumerate(pipe.scheduler.timesteps):
-        if index == stop_after:
-            return outputs
+    for timestep in pipe.scheduler.timesteps[:stop_after]:
         results = [pipe.model(**_at(pipe, given, picture, timestep))[0] for given in branches]
         outputs += results
         noise = torch.stack(results).mean(0)[:, : picture.shape[1]]
@@ -58,12 +56,12 @@ def _at(pipe: Pipe, given: Arguments, picture: torch.Tensor, timestep: torch.Ten
 
 
 @torch.no_grad()
-def repeat(pipe: Pipe, steps: int, *calls: Arguments) -> list[torch.Tensor]:
+def repeat(pipe: Pipe, steps: int, *calls: Arguments, stop_after: int | None = None) -> list[torch.Tensor]:
     """One request that calls with the same arguments at every step; `calls` may name others for later steps."""
     outputs: list[torch.Tensor] = []
     pipe.scheduler.set_timesteps(steps)
     picture = torch.zeros(1, 4, 4, 4)
-    for index, timestep in enumerate(pipe.scheduler.timesteps):
+    for index, timestep in enumerate(pipe.scheduler.timesteps[:stop_after]):
         outputs.append(pipe.model(**calls[min(index, len(calls) - 1)])[0])
         pipe.scheduler.step(picture, timestep, picture)
     return outputs

@@ -95,7 +95,7 @@ def refusals(technique: Technique, rig: Rig) -> list[str]:
 
 
 def fingerprint(rig: Rig) -> list[tuple[Any, ...]]:
-    """Everything that a technique could leave behind: classes, attributes, parameters with values' place and strides."""
+    """Everything that a technique could leave behind: classes, attributes, parameters and their strides."""
     found: list[tuple[Any, ...]] = [(type(rig.scheduler), sorted(rig.scheduler.__dict__))]
     for part in (rig.denoiser, rig.vae):
         for path, module in part.named_modules():

@@ -7,8 +7,8 @@ import torch
 
 from hasten.compilation import CompileBlocks
 from hasten.compilation.compiler import CompileCounter
-from hasten.core.resolve import resolve
 from hasten.core.recipe import Recipe
+from hasten.core.resolve import resolve
 from hasten.core.target import Target
 from tests.contract.rigs import ARCHITECTURES, TECHNIQUES, Rig, make, trial
 

@@ -40,7 +40,7 @@ def sample() -> list[tuple[tuple[str, str], int]]:
     return [(pair, index) for index, pair in enumerate(itertools.combinations(TECHNIQUES, 2))]
 
 
-@pytest.mark.parametrize(("pair", "turn"), sample(), ids=lambda value: "+".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(("pair", "turn"), sample())
 def test_a_pair_applies_in_any_order(pair: tuple[str, str], turn: int, table: Any) -> None:
     working = [a for a in ARCHITECTURES if table["outcomes"][a][" + ".join(pair)] == APPLIES]
     if not working:

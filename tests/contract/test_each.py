@@ -116,7 +116,7 @@ def test_it_is_documented(name: str) -> None:
     assert isinstance(trial(name).cost(Target.of(make(architecture)), _workload()).extra_bytes, int)
 
 
-def _workload():  # noqa: ANN202
+def _workload():
     from hasten.core.workload import Workload
 
     return Workload(prompts=("a",), steps=8)

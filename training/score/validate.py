@@ -9,8 +9,8 @@ from torch import Tensor
 
 from score.alignment import retrieval
 from score.features import image_features, over_batches
-from score.judge import Judge, Samples
-from score.kid import kid, kid_floor
+from score.judge import Judge
+from score.kid import kid, kid_floor, subset_size
 from score.style import blur, soften, style_features
 
 KID_SUBSET = 250
@@ -24,23 +24,36 @@ def as_bytes(pixels: Tensor) -> Tensor:
 def damaged(images: Tensor) -> dict[str, Tensor]:
     """Real images as a mediocre model might draw them."""
     generator = torch.Generator().manual_seed(1)
+
+    def noisy(pixels: Tensor, level: int) -> Tensor:
+        return as_bytes((pixels + torch.randn(pixels.shape, generator=generator) * level / 255).clamp(0, 1))
+
     return {
         "softened": over_batches(images, lambda x: as_bytes(soften(x, generator))),
         "blur 2 px": over_batches(images, lambda x: as_bytes(blur(x, 2.0))),
-        "noise sd 16/255": over_batches(
-            images, lambda x: as_bytes((x + torch.randn(x.shape, generator=generator) * 16 / 255).clamp(0, 1))
-        ),
+        "noise sd 3/255": over_batches(images, lambda x: noisy(x, 3)),
+        "noise sd 16/255": over_batches(images, lambda x: noisy(x, 16)),
     }
 
 
-def judge_images(judge: Judge, images: Tensor, places: Tensor) -> dict[str, float]:
-    """KID against all real images, retrieval and style of changed real images that stand at `places` of the set."""
-    features, targets = image_features(images, judge.cache), judge.targets[places]
+def scores_of(judge: Judge, features: Tensor, look: Tensor, places: Tensor) -> dict[str, float]:
+    """KID, retrieval and style of (changed) real images that stand at `places` of the set."""
+    targets = judge.targets[places]
     found = retrieval(judge.alignment.similarities(features, judge.alignment.folds[places]), targets)
     wanted = judge.style_index(judge.emoji.styles[i] for i in places.tolist())
-    right = judge.classifier.predict(style_features(images, judge.cache), targets) == wanted
-    distance = kid(features, judge.features, KID_SUBSET)
+    right = judge.classifier.predict(look, targets) == wanted
+    distance = kid(features, judge.features, subset_size(len(features), len(judge.features)))
     return {"kid": distance.mean, "top1": found.top1, "top5": found.top5, "style": right.float().mean().item()}
+
+
+def damaged_scores(judge: Judge, count: int) -> dict[str, dict[str, float]]:
+    """Scores of `count` real images after each kind of damage."""
+    places = torch.randperm(len(judge.targets), generator=torch.Generator().manual_seed(3))[:count]
+    found: dict[str, dict[str, float]] = {}
+    for kind, images in damaged(judge.emoji.images[places]).items():
+        features, look = image_features(images, judge.cache), style_features(images, judge.cache)
+        found[kind] = scores_of(judge, features, look, places)
+    return found
 
 
 def wrong_captions(judge: Judge) -> dict[str, float]:
@@ -61,31 +74,22 @@ def one_style(judge: Judge) -> dict[str, float]:
     }
 
 
-def real_scores(judge: Judge) -> dict[str, Any]:
-    """Real images as if they were samples: retrieval and style, seen and held out."""
-    held_out, every = judge.emoji.held_out, torch.arange(len(judge.targets))
-    found: dict[str, Any] = {}
-    for split, chosen in (("seen", ~held_out), ("held_out", held_out)):
-        found[split] = judge_images(judge, judge.emoji.images[chosen], every[chosen])
-    return found
+def real_scores(judge: Judge) -> dict[str, dict[str, float]]:
+    """Real images as if they were samples, seen and held out."""
+    look = style_features(judge.emoji.images, judge.cache)
+    splits = {"seen": ~judge.emoji.held_out, "held_out": judge.emoji.held_out}
+    places = {split: chosen.nonzero()[:, 0] for split, chosen in splits.items()}
+    return {split: scores_of(judge, judge.features[rows], look[rows], rows) for split, rows in places.items()}
 
 
 def validate(judge: Judge, count: int = 1024) -> dict[str, Any]:
     """Everything above; `count` images are damaged."""
-    places = torch.randperm(len(judge.targets), generator=torch.Generator().manual_seed(3))[:count]
-    images = damaged(judge.emoji.images[places])
     floor = kid_floor(judge.features, KID_SUBSET)
     return {
         "kid_subset": KID_SUBSET,
         "kid_floor": {"mean": floor.mean, "spread": floor.spread},
         "real": real_scores(judge),
-        "damaged": {kind: judge_images(judge, changed, places) for kind, changed in images.items()},
+        "damaged": damaged_scores(judge, count),
         "wrong_captions": wrong_captions(judge),
         "kid_of_one_style": one_style(judge),
     }
-
-
-def perfect_samples(judge: Judge) -> Samples:
-    """The real images, handed in as samples."""
-    emoji = judge.emoji
-    return Samples(emoji.images, emoji.names, list(emoji.styles), emoji.held_out)

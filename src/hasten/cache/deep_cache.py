@@ -122,7 +122,7 @@ class _Runner:
         return output
 
     def _prepare(self, kept: _Kept, kind: tuple[Any, ...], *, scheduled: bool, adapted: bool) -> None:
-        if not scheduled and not adapted and kept.feature is not None and kept.kind == kind:
+        if not scheduled and kept.feature is not None and kept.kind == kind:
             self._run.reuse(kept.feature)
             return
         kept.feature = None

@@ -40,7 +40,10 @@ class FirstBlockCache(Technique):
     paper: ClassVar[str] = "ParaAttention, First Block Cache (2024); a special case of DBCache (cache-dit, 2025)"
 
     threshold: float = field(
-        default=0.08, metadata=about("largest relative change of the first block's residual that is reused", ge=0.0, off=0.0, trial=10.0)
+        default=0.08,
+        metadata=about(
+            "relative change of the first block's residual below which is reused", ge=0.0, off=0.0, trial=10.0
+        ),
     )
 
     def claims(self) -> tuple[str, ...]:

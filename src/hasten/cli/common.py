@@ -23,7 +23,7 @@ out = Console()
 err = Console(stderr=True)
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A bundled model (emoji-flux, emoji-sd, emoji-dit), a folder or a hub id.")
+    str, typer.Argument(metavar="MODEL", help="A bundled model (emoji-flux, emoji-sd, emoji-dit), folder or hub id.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")]
 DtypeOption = Annotated[
@@ -33,11 +33,11 @@ RecipeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--recipe", "-r", metavar="RECIPE",
-        help='A technique, a recipe file (.toml) or an expression: -r "FirstBlockCache(threshold=0.1) | CompileBlocks()".',
+        help='A technique, a .toml file or an expression: -r "FirstBlockCache(threshold=0.1) | CompileBlocks()".',
     ),
 ]  # fmt: skip
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
-SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size of the pictures in pixels, such as 1024x1024.")]
+SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size of the pictures in pixels: 1024x1024.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale.")]
 
 

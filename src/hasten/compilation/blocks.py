@@ -33,9 +33,9 @@ class CompileBlocks(Technique):
         default="default", metadata=about("torch.compile mode; the autotuning modes take minutes and rarely gain")
     )
     dynamic: bool | None = field(
-        default=None, metadata=about("shapes: True compiles for any size, None after the size changed once, False never")
+        default=None, metadata=about("True compiles for any size, None once the size has changed, False never")
     )
-    fullgraph: bool = field(default=True, metadata=about("raise instead of splitting a block that cannot be captured whole"))
+    fullgraph: bool = field(default=True, metadata=about("raise where a block cannot be captured whole"))
     backend: str = field(default="inductor", metadata=about("torch.compile back-end", trial="eager"))
 
     def claims(self) -> tuple[str, ...]:

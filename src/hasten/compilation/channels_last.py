@@ -90,8 +90,9 @@ def _as_nhwc(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _laid_out(value: object) -> object:
-    is_image = isinstance(value, torch.Tensor) and value.dim() == 4
-    return value.contiguous(memory_format=torch.channels_last) if is_image else value
+    if isinstance(value, torch.Tensor) and value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
 
 
 def _networks(target: Target) -> Iterable[tuple[str, nn.Module]]:

@@ -65,7 +65,9 @@ def bound(run: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def _compile(backend: str, graph: torch.fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _compile(
+    backend: str, graph: torch.fx.GraphModule, inputs: list[Any], options: dict[str, Any]
+) -> Callable[..., Any]:
     if backend == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
@@ -89,7 +91,7 @@ def missing_tools(backend: str, device: torch.device) -> Iterator[str]:
     if backend != "inductor":
         return
     if device.type == "cpu" and not cpp_compiler():
-        yield "compiling for the CPU needs a C++ compiler and none was found; install g++ (Debian: apt-get install g++) or set CXX."
+        yield "compiling for the CPU needs a C++ compiler and none was found; install g++ or set CXX."
     if device.type == "cuda" and not (shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")):
         yield "compiling for a GPU needs a C compiler for Triton's launcher and none was found; install gcc."
 

@@ -8,7 +8,7 @@ reading it. Never the parity of calls. Anything unexpected begins a new request,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -80,7 +80,7 @@ class Clock:
         return result
 
     @contextmanager
-    def _on_context(self, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def _on_context(self, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Generator[Any]:
         before, self._context = self._context, name
         try:
             with call(name, *args, **kwargs) as value:

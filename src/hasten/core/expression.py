@@ -27,7 +27,7 @@ def load_recipe(text: str) -> Recipe:
         return named_recipes()[text]
     if text in techniques():
         return Recipe((technique(text).build({}),))
-    if text.isidentifier() or not any(sign in text for sign in "(|") and _looks_like_name(text):
+    if text.isidentifier() or (not any(sign in text for sign in "(|") and _looks_like_name(text)):
         raise UnknownName("recipe or technique", text, [*named_recipes(), *techniques()])
     return parse(text)
 

@@ -138,7 +138,7 @@ def _overriding(base: type, name: str) -> Callable[..., Any]:
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copy and pickle as an unpatched object of the original class."""
     base = base_class(self)
-    reduced = list(base.__reduce_ex__(self, protocol))
+    reduced = list(base.__reduce_ex__(self, protocol))  # pyright: ignore[reportCallIssue]
     if isinstance(reduced[2], dict):
         reduced[2] = {key: value for key, value in reduced[2].items() if key != _CHAINS}
     return (copyreg._reconstructor, (base, object, None), *reduced[2:])  # pyright: ignore

@@ -18,7 +18,7 @@ from hasten.core.resolve import resolve
 from hasten.core.target import Target
 from hasten.core.technique import Technique
 from hasten.core.workload import Workload
-from hasten.measure.comparison import Comparison, FidelityRecord, Kind, Row, Timing, WorkloadRecord
+from hasten.measure.comparison import Comparison, Kind, Row, WorkloadRecord
 from hasten.measure.environment import environment
 from hasten.measure.progress import Progress, Silent
 from hasten.measure.quality import Fidelity, mean_fidelity
@@ -107,13 +107,11 @@ def _run_row(job: _Job, name: str, recipe: Recipe, kind: Kind, workload: Workloa
         job.progress.skip()
         return
     job.progress.row(name)
-    run: Run | None = None
+    run = Run(recipe, workload or job.workload)
     try:
-        for run in run_recipe(job.pipeline, recipe, workload or job.workload, runs=job.runs, advance=job.progress.advance):
-            pass
+        run_recipe(job.pipeline, run, runs=job.runs, advance=job.progress.advance)
     except KeyboardInterrupt:
-        job.interrupted = True
-        if run is not None and run.images:
+        if run.images:
             _finish(job, name, run, kind, interrupted=True)
         raise
     except Refused as error:
@@ -123,8 +121,7 @@ def _run_row(job: _Job, name: str, recipe: Recipe, kind: Kind, workload: Workloa
             raise
         job.rows.append(refused_row(name, recipe, kind, _reason(error), status="failed"))
     else:
-        if run is not None:
-            _finish(job, name, run, kind)
+        _finish(job, name, run, kind)
 
 
 def _finish(job: _Job, name: str, run: Run, kind: Kind, *, interrupted: bool = False) -> None:
@@ -142,8 +139,9 @@ def _measure_floor(job: _Job) -> None:
         return
     sample = job.workload.replace(prompts=job.workload.prompts[:2], seeds=job.workload.seeds[:1])
     references = [baseline.images[index * len(job.workload.seeds)] for index in range(len(sample.prompts))]
+    run = Run(recipe, sample)
     with suppress(HastenError):
-        *_, run = run_recipe(job.pipeline, recipe, sample)
+        run_recipe(job.pipeline, run)
         job.floor = mean_fidelity(run.images, references)
 
 
@@ -164,7 +162,7 @@ def _matched_steps(job: _Job) -> list[int]:
 def _save(job: _Job, name: str, run: Run) -> tuple[str, ...]:
     if job.out is None:
         return ()
-    folder, paths = _slug(name), []
+    folder, paths = f"{len(job.rows):02d}-{_slug(name)}", []
     for image, (prompt, seed) in zip(run.images, run.pictures, strict=False):
         path = f"{folder}/{run.workload.prompts.index(prompt):02d}-seed{seed}.png"
         buffer = BytesIO()
@@ -203,5 +201,3 @@ def _comparison(job: _Job) -> Comparison:
     facts = environment(target.device) | {"date": time.strftime("%Y-%m-%d %H:%M")}
     return Comparison(environment=facts, workload=record, rows=tuple(job.rows), incomplete=job.interrupted)
 
-
-__all__ = ["FidelityRecord", "Timing", "compare"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -14,7 +14,7 @@ import torch
 from hasten.core.intercept import intercept
 from hasten.core.target import Target
 
-PHASES = ("text_encoder", "denoise", "vae")
+PHASES: tuple[str, ...] = ("text_encoder", "denoise", "vae")
 
 
 class Stopwatch:
@@ -26,7 +26,7 @@ class Stopwatch:
         self._gpu = target.device.type == "cuda"
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Generator[None]:
         """Time the phases of everything that runs inside."""
         removers = [intercept(obj, method, self._timing(phase)) for phase, obj, method in _phases(self._target)]
         try:
@@ -79,25 +79,25 @@ class PeakMemory:
         self.bytes = 0
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Generator[None]:
         """Record the peak of everything that runs inside, in `bytes`."""
         watch = self._watch_gpu() if self._device.type == "cuda" else self._watch_process()
         with watch:
             yield
 
     @contextmanager
-    def _watch_gpu(self) -> Iterator[None]:
+    def _watch_gpu(self) -> Generator[None]:
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
         self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
 
     @contextmanager
-    def _watch_process(self) -> Iterator[None]:
+    def _watch_process(self) -> Generator[None]:
         process, done = psutil.Process(), threading.Event()
 
         def sample() -> None:
             while not done.is_set():
-                self.bytes = max(self.bytes, cast(int, process.memory_info().rss))
+                self.bytes = max(self.bytes, process.memory_info().rss)
                 done.wait(0.01)
 
         thread = threading.Thread(target=sample, daemon=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,33 +47,28 @@ class Run:
         return [(prompt, seed) for prompt in self.workload.prompts for seed in self.workload.seeds]
 
 
-def run_recipe(
-    pipeline: Any, recipe: Recipe, workload: Workload, *, runs: int = 1, advance: Callable[[], None] = lambda: None
-) -> Iterator[Run]:
-    """Apply `recipe`, make one warm-up picture, then every picture `runs` times; yields the growing record.
+def run_recipe(pipeline: Any, run: Run, *, runs: int = 1, advance: Callable[[], None] = lambda: None) -> None:
+    """Apply `run.recipe`, make one warm-up picture, then every picture `runs` times, and fill `run` on the way.
 
     Set-up (applying, and what the first picture takes longer than the others) is kept apart. `advance` is
-    called after each picture. The record is complete when the iterator ends.
+    called after each picture. An exception leaves in `run` what was finished, and the pipeline as it was.
     """
-    run = Run(recipe, workload)
     target = Target.of(pipeline)
     began = time.perf_counter()
-    with accelerate(pipeline, recipe) as session:
+    with accelerate(pipeline, run.recipe) as session:
         run.apply_seconds = time.perf_counter() - began
         memory, watch = PeakMemory(target.device), Stopwatch(target)
         with memory.watching():
-            run.first_image_seconds = _timed(target, lambda: render(pipeline, workload, *run.pictures[0]))
+            run.first_image_seconds = _timed(target, lambda: render(pipeline, run.workload, *run.pictures[0]))
             advance()
-            yield run
             with watch.running():
-                yield from _pictures(pipeline, run, target, runs, advance)
+                _make_pictures(pipeline, run, target, runs, advance)
         run.peak_memory = memory.bytes
         run.phases = {name: total / max(len(run.seconds), 1) for name, total in watch.seconds().items()}
         _take_evidence(run, session)
-    yield run
 
 
-def _pictures(pipeline: Any, run: Run, target: Target, runs: int, advance: Callable[[], None]) -> Iterator[Run]:
+def _make_pictures(pipeline: Any, run: Run, target: Target, runs: int, advance: Callable[[], None]) -> None:
     for repetition in range(runs):
         for prompt, seed in run.pictures:
             with _stopping(target, run.seconds):
@@ -81,7 +76,6 @@ def _pictures(pipeline: Any, run: Run, target: Target, runs: int, advance: Calla
             if repetition == 0:
                 run.images.append(image)
             advance()
-            yield run
 
 
 def _take_evidence(run: Run, session: Session) -> None:
@@ -101,7 +95,7 @@ def _timed(target: Target, work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _stopping(target: Target, seconds: list[float]) -> Iterator[None]:
+def _stopping(target: Target, seconds: list[float]) -> Generator[None]:
     synchronize(target.device)
     began = time.perf_counter()
     yield

@@ -93,9 +93,10 @@ def default_workload(folder: Path | None) -> Workload:
     data = read_json(file)
     if not isinstance(data, dict):
         raise HastenError(f"{file} holds no table of workload settings.")
-    values = cast("dict[str, Any]", data)
+    values: dict[str, Any] = dict(cast("dict[str, Any]", data))
+    values["prompts"] = tuple(values.get("prompts", GENERAL_PROMPTS))
     try:
-        return Workload(**(values | {"prompts": tuple(values.get("prompts", GENERAL_PROMPTS))}))
+        return Workload(**values)
     except TypeError as error:
         raise HastenError(f"{file}: {error}.") from None
 
