@@ -58,7 +58,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     emoji = load_emoji(options.data)
     judge = Judge(emoji, options.cache)
-    data = {"images": len(emoji), "names": len(judge.names), "styles": judge.styles, "held_out": int(emoji.held_out.sum())}
+    data = {
+        "images": len(emoji),
+        "names": len(judge.names),
+        "styles": judge.styles,
+        "held_out": int(emoji.held_out.sum()),
+    }
     results: dict[str, Any] = {"schema": 1, "data": data, "validation": validate(judge), "models": {}}
     print(json.dumps(rounded(results["validation"]), indent=1))
     for folder in sorted(options.samples.glob("*/")) if options.samples else []:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from score.cache import digest, remember
+from score.damage import soften
 
 SIDE = 96
 
@@ -43,10 +44,22 @@ def over_batches(images: Tensor, function: Callable[[Tensor], Tensor], batch: in
     return torch.cat([function(chunk.permute(0, 3, 1, 2).float() / 255) for chunk in images.split(batch)])
 
 
-def image_features(images: Tensor, cache_folder: Path) -> Tensor:
-    """`pooled` features of images uint8 [N, H, W, 3], remembered."""
-    path = cache_folder / f"pooled-{SIDE}-{digest(images)}.safetensors"
-    return remember(path, lambda: {"features": over_batches(images, pooled)})["features"]
+def features_of(
+    kind: str, function: Callable[[Tensor], Tensor], images: Tensor, folder: Path, softened: bool
+) -> Tensor:
+    """`function` of images uint8 [N, H, W, 3] or of softened copies, remembered in `folder` as `kind`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def compute(pixels: Tensor) -> Tensor:
+        return function(soften(pixels, generator) if softened else pixels)
+
+    path = folder / f"{kind}-{'soft' if softened else 'plain'}-{digest(images)}.safetensors"
+    return remember(path, lambda: {"features": over_batches(images, compute)})["features"]
+
+
+def image_features(images: Tensor, folder: Path, softened: bool = False) -> Tensor:
+    """`pooled` features of images uint8 [N, H, W, 3], or of softened copies, remembered."""
+    return features_of(f"pooled-{SIDE}", pooled, images, folder, softened)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from emoji import EmojiSet
 from hasten.measure.lpips import lpips_distance
 from score.alignment import AlignmentScore, rank_of, retrieval
 from score.features import image_features, name_vectors
-from score.kid import kid, kid_floor, subset_size
+from score.kid import Kid, kid, subset_size
 from score.style import StyleClassifier, style_features
 
 COPY = 0.1
@@ -67,10 +67,11 @@ class Judge:
         self.emoji, self.cache = emoji, cache
         self.names, self.styles = sorted(set(emoji.names)), sorted(set(emoji.styles))
         self.features = image_features(emoji.images, cache)
+        versions = [self.features, image_features(emoji.images, cache, softened=True)]
         self.targets = self.name_index(emoji.names)
         self.row_of = {pair: i for i, pair in enumerate(zip(emoji.names, emoji.styles, strict=True))}
         vectors = name_vectors(self.names)
-        self.alignment = AlignmentScore(self.features, self.targets, emoji.held_out, vectors, cache)
+        self.alignment = AlignmentScore(versions, self.targets, emoji.held_out, vectors, cache)
         self.classifier = StyleClassifier(emoji.images, self.style_index(emoji.styles), self.targets, cache)
 
     def name_index(self, names: Iterable[str]) -> Tensor:
@@ -104,8 +105,9 @@ class Judge:
         styles = styles or self.styles
         features = image_features(samples.images, self.cache)
         rows = self.real_rows(samples, features)
-        every = torch.ones(len(samples.names), dtype=torch.bool)
-        splits = {"all": every, "seen": ~samples.held_out, "held_out": samples.held_out}
+        splits = {"seen": ~samples.held_out, "held_out": samples.held_out}
+        if bool(samples.held_out.any()):
+            splits["all"] = torch.ones_like(samples.held_out)
         found = {
             split: self._score_split(samples.subset(chosen), features[chosen], rows[chosen], styles)
             for split, chosen in splits.items()
@@ -117,17 +119,23 @@ class Judge:
         real = self.references(samples, styles)
         if bool(samples.held_out.all()):
             real = real & self.emoji.held_out
-        found: dict[str, Any] = {"count": len(samples.names), "kid": self._kid(features, self.features[real])}
+        found: dict[str, Any] = {"count": len(samples.names), "kid": self._kid(features, rows, real)}
         found["alignment"] = self._alignment(samples, features, rows, real)
         found["nearest"] = self._copies(samples.images, rows)
         if all(samples.styles):
             found["style"] = self._style(samples, rows)
         return found
 
-    def _kid(self, features: Tensor, real: Tensor) -> dict[str, Any]:
-        subset = subset_size(len(features), len(real))
-        found, floor = kid(features, real, subset), kid_floor(real, subset)
-        return {"samples": asdict(found), "floor": asdict(floor), "real_images": len(real)}
+    def kid_against(self, features: Tensor, rows: Tensor, real: Tensor, subset: int) -> Kid:
+        """KID of features of the captions `rows` against the real images `real` (numbers too)."""
+        return kid(features, rows, self.features[real], real, subset)
+
+    def _kid(self, features: Tensor, rows: Tensor, real: Tensor) -> dict[str, Any]:
+        chosen = real.nonzero()[:, 0]
+        subset = subset_size(len(features), len(chosen))
+        found = self.kid_against(features, rows, chosen, subset)
+        floor = self.kid_against(self.features[chosen], chosen, chosen, subset)
+        return {"samples": asdict(found), "floor": asdict(floor), "real_images": len(chosen)}
 
     def _alignment(self, samples: Samples, features: Tensor, rows: Tensor, real: Tensor) -> dict[str, Any]:
         targets, folds = self.name_index(samples.names), self.alignment.folds
@@ -150,7 +158,12 @@ class Judge:
         worst = ranks.argsort(descending=True, stable=True)[:WORST].tolist()
         guesses = similar.argmax(dim=1).tolist()
         return [
-            {"name": samples.names[i], "style": samples.styles[i], "rank": int(ranks[i]) + 1, "taken_for": self.names[guesses[i]]}
+            {
+                "name": samples.names[i],
+                "style": samples.styles[i],
+                "rank": int(ranks[i]) + 1,
+                "taken_for": self.names[guesses[i]],
+            }
             for i in worst
         ]
 

@@ -43,27 +43,22 @@ def summary(values: list[float], subset: int) -> Kid:
 
 
 def subset_size(samples: int, references: int) -> int:
-    """The largest size that leaves two disjoint groups of references, so that the floor uses the same."""
-    return min(samples, references // 2, LARGEST_SUBSET)
+    """The size of the groups: half of the smaller set, so that two disjoint groups exist."""
+    return min(samples // 2, references // 2, LARGEST_SUBSET)
 
 
-def kid(samples: Tensor, references: Tensor, subset: int, seed: int = 0) -> Kid:
-    """KID of two feature sets."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = samples.double(), references.double()
+def kid(samples: Tensor, sample_ids: Tensor, references: Tensor, reference_ids: Tensor, subset: int) -> Kid:
+    """KID of two feature sets whose images have a number for their caption.
 
-    def draw(features: Tensor) -> Tensor:
-        return features[torch.randperm(len(features), generator=generator)[:subset]]
-
-    return summary([discrepancy(draw(left), draw(right)) for _ in range(SUBSETS)], subset)
-
-
-def kid_floor(references: Tensor, subset: int, seed: int = 0) -> Kid:
-    """KID of disjoint random groups of the same images: what a perfect model would get."""
-    generator = torch.Generator().manual_seed(seed)
+    The two groups of each draw share no caption: the estimate is unbiased for independent images only, and copies
+    of the very references would come out better than perfect. With the references as samples it is the floor.
+    """
+    generator = torch.Generator().manual_seed(0)
     values: list[float] = []
     for _ in range(SUBSETS):
-        order = torch.randperm(len(references), generator=generator)
-        left, right = references[order[:subset]].double(), references[order[subset : 2 * subset]].double()
-        values.append(discrepancy(left, right))
+        right = torch.randperm(len(references), generator=generator)[:subset]
+        free = (~torch.isin(sample_ids, reference_ids[right])).nonzero()[:, 0]
+        left = free[torch.randperm(len(free), generator=generator)[:subset]]
+        size = min(len(left), len(right))
+        values.append(discrepancy(samples[left[:size]].double(), references[right[:size]].double()))
     return summary(values, subset)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from score.cache import digest, remember
-from score.features import network, over_batches
+from score.features import features_of, network
 
 FOLDS = 5
 BINS = (6, 12)
@@ -56,32 +56,9 @@ def describe(pixels: Tensor) -> Tensor:
     return torch.cat([texture(pixels), *(palette(pixels, bins) for bins in BINS)], dim=1)
 
 
-def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur with `sigma` in pixels."""
-    offsets = torch.arange(-4.0, 5.0)
-    weights = torch.exp(-offsets.square() / (2 * sigma**2))
-    weights = (weights / weights.sum()).expand(3, 1, 1, 9)
-    across = F.conv2d(F.pad(pixels, (4, 4, 0, 0), mode="replicate"), weights, groups=3)
-    return F.conv2d(F.pad(across, (0, 0, 4, 4), mode="replicate"), weights.transpose(2, 3), groups=3)
-
-
-def soften(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """A copy as a decoder might have drawn it: blurred, slightly tinted (white stays white), with faint noise."""
-    sigma = 0.4 + 0.6 * torch.rand(1, generator=generator).item()
-    tint = 1 + 0.05 * torch.randn(len(pixels), 3, 1, 1, generator=generator)
-    noise = 0.012 * torch.randn(pixels.shape, generator=generator)
-    return ((blur(pixels, sigma) - 1) * tint + 1 + noise).clamp(0, 1)
-
-
 def style_features(images: Tensor, cache: Path, softened: bool = False) -> Tensor:
-    """Features of images uint8 [N, H, W, 3], or of softened copies, remembered."""
-    generator = torch.Generator().manual_seed(0)
-
-    def compute(pixels: Tensor) -> Tensor:
-        return describe(soften(pixels, generator) if softened else pixels)
-
-    path = cache / f"style-{'soft' if softened else 'plain'}-{digest(images)}.safetensors"
-    return remember(path, lambda: {"features": over_batches(images, compute)})["features"]
+    """Style features of images uint8 [N, H, W, 3], or of softened copies, remembered."""
+    return features_of("style", describe, images, cache, softened)
 
 
 def fit(features: Tensor, styles: Tensor, classes: int) -> dict[str, Tensor]:
@@ -111,7 +88,9 @@ class StyleClassifier:
         self.cache = cache
         features = [style_features(images, cache), style_features(images, cache, softened=True)]
         folds = self.fold_of_concept[concepts]
-        self.models = [self._model([part[folds != fold] for part in features], styles[folds != fold]) for fold in range(FOLDS)]
+        self.models = [
+            self._model([part[folds != fold] for part in features], styles[folds != fold]) for fold in range(FOLDS)
+        ]
 
     def _model(self, features: list[Tensor], styles: Tensor) -> dict[str, Tensor]:
         key = digest(*features, styles, f"{PENALTY}")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from score.alignment import retrieval
+from score.damage import blur, soften
 from score.features import image_features, over_batches
 from score.judge import Judge
-from score.kid import kid, kid_floor, subset_size
-from score.style import blur, soften, style_features
+from score.kid import subset_size
+from score.style import style_features
 
 KID_SUBSET = 250
 
@@ -42,7 +43,8 @@ def scores_of(judge: Judge, features: Tensor, look: Tensor, places: Tensor) -> d
     found = retrieval(judge.alignment.similarities(features, judge.alignment.folds[places]), targets)
     wanted = judge.style_index(judge.emoji.styles[i] for i in places.tolist())
     right = judge.classifier.predict(look, targets) == wanted
-    distance = kid(features, judge.features, subset_size(len(features), len(judge.features)))
+    every = torch.arange(len(judge.targets))
+    distance = judge.kid_against(features, places, every, subset_size(len(places), len(every)))
     return {"kid": distance.mean, "top1": found.top1, "top5": found.top5, "style": right.float().mean().item()}
 
 
@@ -69,9 +71,9 @@ def wrong_captions(judge: Judge) -> dict[str, float]:
 def one_style(judge: Judge) -> dict[str, float]:
     """KID of each style's real images against all: a model stuck in one style."""
     styles = judge.style_index(judge.emoji.styles)
-    return {
-        style: kid(judge.features[styles == i], judge.features, KID_SUBSET).mean for i, style in enumerate(judge.styles)
-    }
+    every = torch.arange(len(styles))
+    rows = {style: (styles == i).nonzero()[:, 0] for i, style in enumerate(judge.styles)}
+    return {style: judge.kid_against(judge.features[own], own, every, KID_SUBSET).mean for style, own in rows.items()}
 
 
 def real_scores(judge: Judge) -> dict[str, dict[str, float]]:
@@ -84,7 +86,8 @@ def real_scores(judge: Judge) -> dict[str, dict[str, float]]:
 
 def validate(judge: Judge, count: int = 1024) -> dict[str, Any]:
     """Everything above; `count` images are damaged."""
-    floor = kid_floor(judge.features, KID_SUBSET)
+    every = torch.arange(len(judge.targets))
+    floor = judge.kid_against(judge.features, every, every, KID_SUBSET)
     return {
         "kid_subset": KID_SUBSET,
         "kid_floor": {"mean": floor.mean, "spread": floor.spread},

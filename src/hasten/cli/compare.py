@@ -35,7 +35,7 @@ def compare(
     size: SizeOption = None,
     guidance: GuidanceOption = None,
     runs: Annotated[int, typer.Option(min=1, help="Time each picture so many times.")] = 1,
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the report goes.")] = Path("hasten-report"),
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("hasten-report"),
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     fewer_steps: Annotated[bool, typer.Option(help="Add the rows: plain with fewer steps at the same time.")] = True,
