@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, FluxPipeline, StableDiffusionPipeline
+from emoji import load_emoji
+from tasks import dit_names
 
 import models
-from emoji import load_emoji
-from tasks import DIT_STYLES, dit_names
 
+Weights = dict[str, torch.Tensor]
 STEPS = 28
 GUIDANCE = {"emoji-flux": 3.0, "emoji-sd": 4.0, "emoji-dit": 3.0}
 PROMPTS = [
@@ -34,7 +35,7 @@ def half(module: Any) -> Any:
     return module.half().eval()
 
 
-def load_parts(parts: dict[str, Any], ema: dict[str, torch.Tensor]) -> None:
+def load_parts(parts: dict[str, Any], ema: Weights) -> None:
     """Fill modules from ``<component>.<parameter>`` entries; every parameter must be there."""
     for component, module in parts.items():
         prefix = component + "."
@@ -45,36 +46,54 @@ def load_parts(parts: dict[str, Any], ema: dict[str, torch.Tensor]) -> None:
         module.load_state_dict(state, strict=False)
 
 
-def pipeline(name: str, vae: AutoencoderKL, tokenizers: Path, ema: dict[str, torch.Tensor] | None) -> Any:
-    """The pipeline of a model; without `ema` its weights are random (for drafts)."""
-    channels = vae.config.latent_channels
-    if name == "emoji-dit":
-        transformer = models.make_dit(channels)
-        parts = {"transformer": transformer}
-        build = lambda: DiTPipeline(transformer=half(transformer), vae=half(vae), scheduler=models.ddim_scheduler())  # noqa: E731
-        return _filled(parts, ema, build)
+def text_parts(tokenizers: Path, width: int) -> tuple[Any, Any]:
+    """The CLIP tokenizer and a text encoder of this width."""
     clip = models.load_tokenizer(tokenizers / "clip")
-    if name == "emoji-sd":
-        encoder, unet = models.make_clip(len(clip), clip.bos_token_id, clip.eos_token_id, 96, 2), models.make_unet(channels, 96)
-        build = lambda: StableDiffusionPipeline(  # noqa: E731
-            vae=half(vae), text_encoder=half(encoder), tokenizer=clip, unet=half(unet), scheduler=models.ddim_scheduler(),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-        return _filled({"text_encoder": encoder, "unet": unet}, ema, build)
+    return clip, models.make_clip(len(clip), clip.bos_token_id, clip.eos_token_id, width, 2)
+
+
+def flux_pipeline(vae: AutoencoderKL, tokenizers: Path, ema: Weights) -> FluxPipeline:
+    """FLUX with both text encoders."""
+    clip, encoder = text_parts(tokenizers, 64)
     t5 = models.load_tokenizer(tokenizers / "t5")
-    encoder, encoder_2 = models.make_clip(len(clip), clip.bos_token_id, clip.eos_token_id, 64, 2), models.make_t5(len(t5))
-    transformer = models.make_flux(channels, 96, 64)
-    build = lambda: FluxPipeline(  # noqa: E731
-        scheduler=models.flow_scheduler(), vae=half(vae), text_encoder=half(encoder), tokenizer=clip,
-        text_encoder_2=half(encoder_2), tokenizer_2=t5, transformer=half(transformer),
-    )  # fmt: skip
-    return _filled({"text_encoder": encoder, "text_encoder_2": encoder_2, "transformer": transformer}, ema, build)
+    encoder_2, transformer = models.make_t5(len(t5)), models.make_flux(vae.config.latent_channels, 96, 64)
+    load_parts({"text_encoder": encoder, "text_encoder_2": encoder_2, "transformer": transformer}, ema)
+    return FluxPipeline(
+        scheduler=models.flow_scheduler(),
+        vae=half(vae),
+        text_encoder=half(encoder),
+        tokenizer=clip,
+        text_encoder_2=half(encoder_2),
+        tokenizer_2=t5,
+        transformer=half(transformer),
+    )
 
 
-def _filled(parts: dict[str, Any], ema: dict[str, torch.Tensor] | None, build: Any) -> Any:
-    if ema is not None:
-        load_parts(parts, ema)
-    return build()
+def sd_pipeline(vae: AutoencoderKL, tokenizers: Path, ema: Weights) -> StableDiffusionPipeline:
+    """Stable Diffusion without a safety checker (the training set is emoji)."""
+    clip, encoder = text_parts(tokenizers, 96)
+    unet = models.make_unet(vae.config.latent_channels, 96)
+    load_parts({"text_encoder": encoder, "unet": unet}, ema)
+    return StableDiffusionPipeline(
+        vae=half(vae),
+        text_encoder=half(encoder),
+        tokenizer=clip,
+        unet=half(unet),
+        scheduler=models.ddim_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def dit_pipeline(vae: AutoencoderKL, tokenizers: Path, ema: Weights) -> DiTPipeline:
+    """DiT; its labels are added by `write`, because `save_pretrained` drops them."""
+    transformer = models.make_dit(vae.config.latent_channels)
+    load_parts({"transformer": transformer}, ema)
+    return DiTPipeline(transformer=half(transformer), vae=half(vae), scheduler=models.ddim_scheduler())
+
+
+PIPELINES = {"emoji-flux": flux_pipeline, "emoji-sd": sd_pipeline, "emoji-dit": dit_pipeline}
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -103,25 +122,25 @@ def write(name: str, pipe: Any, folder: Path, data: Path) -> None:
         "prompts": CLASSES if name == "emoji-dit" else PROMPTS,
     }
     (folder / "workload.json").write_text(json.dumps(workload, indent=2) + "\n")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{name}: {size:,} bytes -> {folder} (styles for emoji-dit: {', '.join(DIT_STYLES)})")
+    print(f"{name}: {size:,} bytes -> {folder}")
 
 
 def main() -> None:
     """Command line: see README.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("model", choices=list(PIPELINES))
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path, help="folder with vae/ and <model>.ema.pt")
     parser.add_argument("tokenizers", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(args.run / "vae") if (args.run / "vae").exists() else models.make_vae()
+    vae = AutoencoderKL.from_pretrained(args.run / "vae")
     stem = args.model + ("-distilled" if args.model == "emoji-flux" else "")
-    checkpoint = args.run / f"{stem}.ema.pt"
-    ema = torch.load(checkpoint, map_location="cpu", weights_only=True)["ema"] if checkpoint.exists() else None
-    write(args.model, pipeline(args.model, vae, args.tokenizers, ema), args.folder, args.data)
+    ema = torch.load(args.run / f"{stem}.ema.pt", map_location="cpu", weights_only=True)["ema"]
+    write(args.model, PIPELINES[args.model](vae, args.tokenizers, ema), args.folder, args.data)
 
 
 if __name__ == "__main__":

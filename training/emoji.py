@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from concepts import keeps
 
 SIZE = 128
@@ -114,9 +113,12 @@ def unicode_concepts() -> dict[str, tuple[str, str]]:
 
 def to_svg(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
     """A complete SVG document from an Iconify fragment."""
-    box = [icon.get(key, defaults.get(key, fall)) for key, fall in (("left", 0), ("top", 0), ("width", 16), ("height", 16))]
+    box = [
+        icon.get(key, defaults.get(key, fall)) for key, fall in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    ]
     view = " ".join(str(value) for value in box)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}">{icon["body"]}</svg>'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} viewBox="{view}">{icon["body"]}</svg>'
 
 
 def icons_of(style: str, concepts: dict[str, tuple[str, str]]) -> list[Icon]:
@@ -177,7 +179,10 @@ def split(icons: list[Icon]) -> list[bool]:
         by_name[icon.name].append(icon)
     chosen: set[tuple[str, str]] = set()
     for name, group in by_name.items():
-        score = {icon.style: int(hashlib.sha256(f"{name}/{icon.style}".encode()).hexdigest()[:8], 16) / 2**32 for icon in group}
+        score = {
+            icon.style: int(hashlib.sha256(f"{name}/{icon.style}".encode()).hexdigest()[:8], 16) / 2**32
+            for icon in group
+        }
         style = min(score, key=lambda key: score[key])
         if len(group) >= 4 and score[style] < HELD_OUT_SHARE:
             chosen.add((name, style))

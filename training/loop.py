@@ -37,7 +37,9 @@ class Ema:
 def matrices(module: nn.Module, glob: str = "blocks.") -> list[nn.Parameter]:
     """The weight matrices inside transformer blocks: what Muon may train."""
     return [
-        p for name, p in module.named_parameters() if glob in name and p.ndim == 2 and ".emb." not in name and "norm" not in name
+        p
+        for name, p in module.named_parameters()
+        if glob in name and p.ndim == 2 and ".emb." not in name and "norm" not in name
     ]
 
 
@@ -49,7 +51,9 @@ class Optimisers:
         ids = {id(p) for p in chosen}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
         fused = rest[0].is_cuda
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr, (0.9, 0.99), weight_decay=0.01, fused=fused)]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr, (0.9, 0.99), weight_decay=0.01, fused=fused)
+        ]
         if chosen:
             self.parts.append(torch.optim.Muon(chosen, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         self.base = [[group["lr"] for group in part.param_groups] for part in self.parts]

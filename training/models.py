@@ -92,7 +92,7 @@ def make_flux(channels: int, text_width: int, pooled_width: int) -> FluxTransfor
 
 
 def make_unet(channels: int, text_width: int) -> UNet2DConditionModel:
-    """Three resolutions (32, 16, 8); cross-attention on the lower two and in the middle (1,024 tokens cost too much)."""
+    """Three resolutions (32, 16, 8); cross-attention on the lower two (1,024 tokens cost too much)."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=channels,
@@ -126,7 +126,12 @@ def make_dit(channels: int) -> DiTTransformer2DModel:
 def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """FLUX.1-dev's scheduler: the shift grows with the number of image tokens (e^0.5 at 256)."""
     return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, shift=3.0
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift=3.0,
     )
 
 

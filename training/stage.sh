@@ -1,35 +1,32 @@
 #!/bin/bash
-# One training stage on a CUDA machine: training/stage.sh STAGE RUN_FOLDER DATA TOKENIZERS OUT [MINUTES]
-# Stages: vae | first | more | samples. Each resumes from RUN_FOLDER; OUT receives logs, small checkpoints and pictures.
+# One stage on a CUDA machine: training/stage.sh STAGE RUN_FOLDER DATA TOKENIZERS [MINUTES]
+# Stages, in this order: vae, denoisers, distil, samples. Each resumes from what is in RUN_FOLDER.
 set -u
-stage=$1 run=$2 data=$3 tokens=$4 out=$5 minutes=${6:-3}
+stage=$1 run=$2 data=$3 tokens=$4 minutes=${5:-4}
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=4
-mkdir -p "$run/logs" "$out"
-python() { python3 -W ignore "$@" 2>&1 | grep -v -i 'siglip\|CLIPImage\|model shards'; }
-train() { python "$here/train.py" "$1" "$data" "$run" "$tokens" "${@:2}" > "$run/logs/$1.$stage.txt"; }
-show() {  # model [sample.py options]: assemble the folder and draw
-    python "$here/assemble.py" "$1" "$data" "$run" "$tokens" "$run/models/$1"
-    python "$here/sample.py" "$run/models/$1" "$data" "$run/samples/$1" "${@:2}"
-}
-share() { awk "BEGIN { print $minutes * $1 }"; }
+mkdir -p "$run/logs"
+train() { python3 -W ignore "$here/train.py" "$1" "$data" "$run" "$tokens" "${@:2}" > "$run/logs/$1.$stage.txt" 2>&1; }
 case $stage in
 vae)
-    for c in 4 8; do
-        mkdir -p "$run/c$c"
-        python "$here/train_vae.py" "$data" "$run/c$c" --minutes "$minutes" --channels $c > "$run/logs/vae$c.txt" &
-    done
-    wait
-    tail -n 3 "$run"/logs/vae?.txt
+    python3 -W ignore "$here/train_vae.py" "$data" "$run" --minutes "$minutes"
     ;;
-first)
-    (train emoji-flux --minutes "$(share 0.68)"; train emoji-flux --distil --minutes "$(share 0.2)"; show emoji-flux --sheet-only --sweep) &
-    (train emoji-sd --minutes "$minutes"; show emoji-sd --sheet-only --sweep) &
-    (train emoji-dit --minutes "$minutes"; show emoji-dit --sheet-only --sweep) &
+denoisers)  # the three side by side: each alone leaves the GPU waiting for launches
+    for model in emoji-flux emoji-sd emoji-dit; do train $model --minutes "$minutes" & done
     wait
+    ;;
+distil)
+    train emoji-flux --distil --minutes "$minutes"
     ;;
 samples)
-    for model in emoji-flux emoji-sd emoji-dit; do show $model --sweep & done
+    for model in emoji-flux emoji-sd emoji-dit; do
+        python3 -W ignore "$here/assemble.py" $model "$data" "$run" "$tokens" "$run/models/$model" &&
+            python3 -W ignore "$here/sample.py" "$run/models/$model" "$data" "$run/samples/$model" --sweep &
+    done
     wait
+    ;;
+*)
+    echo "unknown stage '$stage': vae, denoisers, distil or samples" >&2
+    exit 2
     ;;
 esac

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
-from torch.nn import functional as F
-
-import models
 from captions import VARIANTS, all_variants
+from diffusers import AutoencoderKL
 from emoji import EmojiSet, load_emoji
 from loop import matrices
+from torch import nn
+from torch.nn import functional as F
 from train_vae import encode
+
+import models
 
 DROPOUT = 0.1
 DIT_STYLES = ("noto", "twemoji", "fluent")
@@ -47,16 +47,16 @@ class Data:
         return ids.view(len(wordings), VARIANTS, length).to(self.device)
 
 
-def load_data(folder: Path, vae: AutoencoderKL, device: str, styles: tuple[str, ...] = (), names: set[str] | None = None) -> Data:
+def load_data(
+    folder: Path, vae: AutoencoderKL, device: str, styles: tuple[str, ...] = (), names: set[str] | None = None
+) -> Data:
     """Encode the training part (optionally only some styles and concepts)."""
     emoji = load_emoji(folder)
     held_out = emoji.held_out.tolist()
     index = [
         i
         for i in range(len(emoji))
-        if not held_out[i]
-        and (not styles or emoji.styles[i] in styles)
-        and (names is None or emoji.names[i] in names)
+        if not held_out[i] and (not styles or emoji.styles[i] in styles) and (names is None or emoji.names[i] in names)
     ]
     mean, std = encode(vae.to(device), emoji.images[index])
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
@@ -129,7 +129,11 @@ class FluxTask(Task):
         self.to(data.device)
 
     def components(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2, "transformer": self.transformer}
+        return {
+            "text_encoder": self.text_encoder,
+            "text_encoder_2": self.text_encoder_2,
+            "transformer": self.transformer,
+        }
 
     def muon(self) -> list[nn.Parameter]:
         return matrices(self.transformer, "transformer_blocks.")
@@ -153,7 +157,9 @@ class FluxTask(Task):
         t = torch.where(torch.rand_like(t) < 0.1, torch.rand_like(t), t)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, states: torch.Tensor, pooled: torch.Tensor) -> Any:
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, states: torch.Tensor, pooled: torch.Tensor
+    ) -> Any:
         """The transformer exactly as FluxPipeline calls it."""
         net = self.fast if states.shape[1] == 16 else self.transformer
         text_ids = torch.zeros(states.shape[1], 3, device=x.device)

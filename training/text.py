@@ -43,7 +43,11 @@ def clip_from(serialised: str) -> PreTrainedTokenizerFast:
     model = json.loads(serialised)["model"]
     vocabulary = dict(model["vocab"])
     # every printable ASCII character can end a word: an unknown one would read as the end of the text
-    for token in (*(chr(code) + "</w>" for code in range(33, 127) if not 65 <= code <= 90), "<|startoftext|>", "<|endoftext|>"):
+    for token in (
+        *(chr(code) + "</w>" for code in range(33, 127) if not 65 <= code <= 90),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ):
         vocabulary.setdefault(token, len(vocabulary))
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
@@ -58,10 +62,12 @@ def pieces_of(corpus: list[str]) -> list[tuple[str, float]]:
     trainer = trainers.UnigramTrainer(vocab_size=768, unk_token="<unk>", show_progress=False)
     inner.train_from_iterator(corpus, trainer)
     found = {piece: score for piece, score in json.loads(inner.to_str())["model"]["vocab"] if piece != "<unk>"}
-    words = Counter(word for text in corpus for word, _ in inner.pre_tokenizer.pre_tokenize_str(text.lower().replace(",", "")))
+    words = Counter(
+        word for text in corpus for word, _ in inner.pre_tokenizer.pre_tokenize_str(text.lower().replace(",", ""))
+    )
     total = sum(words.values())
     whole = {word: math.log(count / total) for word, count in words.most_common(1536)}
-    letters = {letter: -14.0 for letter in CHARACTERS}
+    letters = dict.fromkeys(CHARACTERS, -14.0)
     return list({**letters, **found, **whole, ",": -3.0}.items())
 
 

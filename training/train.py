@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-
 from loop import Budget, Ema, Log, Optimisers, run, save
 from tasks import FluxTask, Task, make_task
+from torch.nn import functional as F
 
 
 def parse() -> argparse.Namespace:
@@ -51,7 +50,9 @@ def keeper(task: Task, ema: Ema, optimiser: Optimisers, folder: Path, name: str)
     """A function that writes the full checkpoint and the small one (EMA in half precision)."""
 
     def keep(step: int) -> None:
-        save(folder / f"{name}.pt", model=task.state_dict(), ema=ema.shadow, optimiser=optimiser.state_dict(), step=step)
+        save(
+            folder / f"{name}.pt", model=task.state_dict(), ema=ema.shadow, optimiser=optimiser.state_dict(), step=step
+        )
         save(folder / f"{name}.ema.pt", ema={k: v.half() for k, v in ema.shadow.items()}, step=step)
 
     return keep

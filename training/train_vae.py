@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from emoji import load_emoji
+from loop import Budget, Ema, Log, Optimisers, run, save
 from torch import nn
 from torch.nn import functional as F
 
 import models
-from emoji import load_emoji
-from loop import Budget, Ema, Log, Optimisers, run, save
 
 Pictures = torch.Tensor
 
@@ -87,7 +87,8 @@ def fold_statistics(vae: AutoencoderKL, images: torch.Tensor) -> None:
     before.bias[channels:] -= 2 * scale.log()
     mean, std = encode(vae, images)
     measured = (mean.var() + (std**2).mean()).sqrt()
-    vae.register_to_config(scaling_factor=round(1 / float(measured), 5), shift_factor=round(float(mean.mean()), 5))
+    factor, offset = round(1 / float(measured), 5), round(float(mean.mean()), 5)
+    vae.register_to_config(scaling_factor=factor, shift_factor=offset + 0.0)  # + 0.0: JSON should not say -0.0
 
 
 def main() -> None:

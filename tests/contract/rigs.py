@@ -37,25 +37,51 @@ class Rig:
     @torch.no_grad()
     def run(self, *, steps: int = 4, prompt: int = 0, stop_at: int | None = None) -> torch.Tensor:
         """Denoise random latents and decode three channels of them; `stop_at` raises in that step."""
-        inputs = self.spec.example(self.denoiser.config, seed=prompt)  # pyright: ignore
+        inputs = moved(self.spec.example(self.denoiser.config, seed=prompt), self.device)  # pyright: ignore
         name = next(key for key in LATENTS if key in inputs)
         latents = _stacked(inputs[name])
-        self.scheduler.set_timesteps(steps)
+        self.scheduler.set_timesteps(steps, device=self.device)
         for index, timestep in enumerate(self.scheduler.timesteps):
             if index == stop_at:
                 raise InterruptedError
             given = list(latents) if isinstance(inputs[name], list) else latents
             time = {self.spec.timestep: timestep.float().expand(latents.shape[0])}
-            output = _stacked(self.denoiser(**{**inputs, name: given, **time}, return_dict=False)[0])
+            output = _stacked(self.call({**inputs, name: given, **time}))
             latents = self.scheduler.step(output[:, : latents.shape[1]], timestep, latents, return_dict=False)[0]
         picture = self.vae.decode(latents.flatten()[:256].reshape(1, 4, 8, 8), return_dict=False)[0]  # pyright: ignore
         return torch.cat([latents.flatten(), picture.flatten()])
+
+    def call(self, arguments: dict[str, Any]) -> Any:
+        """One denoiser call; a test may replace this to watch it."""
+        return self.denoiser(**arguments, return_dict=False)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    def to(self, device: str) -> Rig:
+        """Move the networks."""
+        self.denoiser.to(device)
+        self.vae.to(device)
+        return self
 
     def accelerated(self, *recipe: Technique) -> Session:
         """Apply techniques to this pipeline."""
         from hasten.core.recipe import Recipe
 
         return accelerate(self, Recipe(recipe))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Arguments of a call with all tensors on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}  # pyright: ignore
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item, device) for item in value)  # pyright: ignore
+    return value
 
 
 def _stacked(value: Any) -> torch.Tensor:

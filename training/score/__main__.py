@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from emoji import load_emoji
+
 from score.judge import Judge, load_samples
 from score.validate import validate
 

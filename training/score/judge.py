@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from emoji import EmojiSet
 from torch import Tensor
 
-from emoji import EmojiSet
 from hasten.measure.lpips import lpips_distance
 from score.alignment import AlignmentScore, rank_of, retrieval
 from score.features import image_features, name_vectors

@@ -6,6 +6,7 @@ step the iteration simply ends there. Blocks keep their classes, so compiled blo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -41,7 +42,8 @@ class StackReuse:
 
     def __init__(self, denoiser: Denoiser, select: Callable[[], tuple[StackRun, Decide]]) -> None:
         self._denoiser, self._select = denoiser, select
-        self._stacks = denoiser.spec.stacks
+        self._stacks = tuple(stack for stack in denoiser.spec.stacks if len(denoiser.stack(stack)))
+        self._names = tuple(inspect.signature(denoiser.module.forward).parameters)
         self._run, self._decide = StackRun(), _never
         self._armed = self._skipping = self._blockwise = False
 
@@ -60,7 +62,8 @@ class StackReuse:
     def _on_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._run, self._decide = self._select()
         self._armed, self._skipping = True, False
-        self._blockwise = any("controlnet" in name for name, value in kwargs.items() if value is not None)
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        self._blockwise = any("controlnet" in name for name, value in given.items() if value is not None)
         try:
             return call(*args, **kwargs)
         finally:
@@ -95,7 +98,8 @@ class StackReuse:
         self._skipping = self._decide(before[denoised], after[denoised], possible) and possible
         if self._skipping:
             return after | {name: after[name] + value for name, value in self._run.residual.items()}
-        self._run.growing = {} if self._blockwise else after
+        # The old residual goes at once: a call that ends early must not leave it beside the new step's decision.
+        self._run.residual, self._run.growing = {}, {} if self._blockwise else after
         return after
 
     def _tail(self, before: Streams, after: Streams) -> Streams:

@@ -8,6 +8,7 @@ reading it. Never the parity of calls. Anything unexpected begins a new request,
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,10 @@ import torch
 if TYPE_CHECKING:
     from hasten.core.patch import Patch
     from hasten.core.target import Denoiser, Target
+
+
+MOST_CALLS = 16
+"""Calls of one denoiser in one step; beyond, the scheduler is taken not to be the one that is stepped."""
 
 
 @dataclass(frozen=True)
@@ -46,38 +51,58 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = Moment(0, 0, "")
+        self._scheduler: object | None = None
+        self._watched: list[object] = []
         self._schedule: _Schedule | None = None
         self._fallback = _TimestepReader()
         self._request, self._step = 0, 0
-        self._calls: dict[str, int] = {}
+        self._calls: Counter[tuple[str, str]] = Counter()
         self._seen: dict[str, float] = {}
         self._context = ""
-        self._closing: list[Callable[[], None]] = []
 
     def install(self, target: Target, patch: Patch) -> None:
         """Observe the target's scheduler and denoisers."""
         if target.scheduler is not None:
-            patch.outermost(target.scheduler, self._on_set_timesteps(target.scheduler), "clock", method="set_timesteps")
-            patch.outermost(target.scheduler, self._on_step, "clock", method="step")
+            self._watch(target.scheduler, patch)
         for denoiser in target.denoisers:
-            patch.outermost(denoiser.module, self._on_call(denoiser), "clock")
+            patch.outermost(denoiser.module, self._on_call(denoiser, target, patch), "clock")
             if hasattr(denoiser.module, "cache_context"):
                 patch.outermost(denoiser.module, self._on_context, "clock", method="cache_context")
+
+    def _watch(self, scheduler: object, patch: Patch) -> None:
+        self._scheduler = scheduler
+        if _can_be_watched(scheduler) and not any(scheduler is known for known in self._watched):
+            self._watched.append(scheduler)
+            patch.outermost(scheduler, self._on_set_timesteps(scheduler), "clock", method="set_timesteps")
+            patch.outermost(scheduler, self._on_step(scheduler), "clock", method="step")
+
+    def _follow(self, target: Target, patch: Patch) -> None:
+        """A pipeline may be given another scheduler at any time: watch that one from now on."""
+        scheduler = getattr(target.pipeline, "scheduler", None)
+        if scheduler is not None and scheduler is not self._scheduler:
+            self._watch(scheduler, patch)
+            self._begin(_Schedule(scheduler) if _can_be_watched(scheduler) else None)
+            self._fallback = _TimestepReader()
 
     def _on_set_timesteps(self, scheduler: object) -> Callable[..., Any]:
         def observe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = call(*args, **kwargs)
-            self._begin(_Schedule(scheduler))
+            if scheduler is self._scheduler:
+                self._begin(_Schedule(scheduler))
             return result
 
         return observe
 
-    def _on_step(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = call(*args, **kwargs)
-        self._step += 1
-        self._calls.clear()
-        self._seen.clear()
-        return result
+    def _on_step(self, scheduler: object) -> Callable[..., Any]:
+        def observe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = call(*args, **kwargs)
+            if scheduler is self._scheduler:
+                self._step += 1
+                self._calls.clear()
+                self._seen.clear()
+            return result
+
+        return observe
 
     @contextmanager
     def _on_context(self, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Generator[Any]:
@@ -88,10 +113,11 @@ class Clock:
         finally:
             self._context = before
 
-    def _on_call(self, denoiser: Denoiser) -> Callable[..., Any]:
+    def _on_call(self, denoiser: Denoiser, target: Target, patch: Patch) -> Callable[..., Any]:
         read = _argument_reader(denoiser)
 
         def observe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._follow(target, patch)
             self.now = self._advance(denoiser.name, read(args, kwargs))
             return call(*args, **kwargs)
 
@@ -105,35 +131,34 @@ class Clock:
         self._seen.clear()
 
     def _advance(self, name: str, timestep: Any) -> Moment:
-        ordinal = self._calls.get(name, 0)
-        if self._schedule is not None and not self._still_observed(name, ordinal, timestep):
+        if self._schedule is not None and not self._still_observed(name, timestep):
             self._begin(None)
             self._fallback = _TimestepReader()
         if self._schedule is None:
             return self._advance_by_timestep(name, timestep)
-        self._calls[name] = ordinal + 1
-        branch = self._context or f"call {ordinal + 1}"
+        self._calls[name, self._context] += 1
+        branch = self._branch(self._calls[name, self._context])
         moment = Moment(self._request, self._step, branch, self._schedule.steps)
         return replace(moment, sigma=self._schedule.sigma(self._step))
 
-    def _still_observed(self, name: str, ordinal: int, timestep: Any) -> bool:
+    def _still_observed(self, name: str, timestep: Any) -> bool:
         """Has the observed scheduler been stepped between calls with different timesteps?"""
         schedule = cast(_Schedule, self._schedule)
-        if self._step >= schedule.steps:
+        if self._step >= schedule.steps or self._calls[name, self._context] >= MOST_CALLS:
             return False
-        if ordinal == 0 or self._context:
-            self._seen.pop(name, None)
-            if not _on_gpu(timestep):
-                self._seen[name] = _host(timestep)
-            return True
-        return _on_gpu(timestep) or self._seen.get(name) == _host(timestep)
+        return _on_gpu(timestep) or self._seen.setdefault(name, _host(timestep)) == _host(timestep)
 
     def _advance_by_timestep(self, name: str, timestep: Any) -> Moment:
-        began, self._step, ordinal = self._fallback.read(name, _host(timestep))
+        began, self._step, ordinal = self._fallback.read(f"{name} {self._context}", _host(timestep))
         if began:
             self._request += 1
-        branch = self._context or f"call {ordinal + 1}"
-        return Moment(self._request, self._step, branch)
+        return Moment(self._request, self._step, self._branch(ordinal + 1))
+
+    def _branch(self, count: int) -> str:
+        """Several calls in one context of one step are different calls: none may reuse another's results."""
+        if not self._context:
+            return f"call {count}"
+        return self._context if count == 1 else f"{self._context}, call {count}"
 
 
 class _Schedule:
@@ -207,6 +232,10 @@ def _argument_reader(denoiser: Denoiser) -> Callable[[tuple[Any, ...], dict[str,
         return args[position] if position < len(args) else None
 
     return read
+
+
+def _can_be_watched(scheduler: object) -> bool:
+    return all(callable(getattr(scheduler, method, None)) for method in ("set_timesteps", "step"))
 
 
 def _on_gpu(value: Any) -> bool:

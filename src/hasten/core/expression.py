@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
-from hasten.core.errors import HastenError, InvalidSetting, RecipeSyntaxError, UnknownName
+from hasten.core.errors import InvalidSetting, RecipeSyntaxError, UnknownName
 from hasten.core.recipe import Recipe, read_recipe_file
 from hasten.core.registry import technique, techniques
 from hasten.core.technique import Technique
@@ -46,7 +46,8 @@ def named_recipes() -> Mapping[str, Recipe]:
 def parse(text: str, source: str = "recipe") -> Recipe:
     """Read an expression: calls of techniques with literal keyword arguments, joined with `|`."""
     if len(text) > LONGEST:
-        raise HastenError(f"A recipe expression has at most {LONGEST} characters; this one has {len(text)}.")
+        problem = f"a recipe expression has at most {LONGEST} characters; this one has {len(text)}."
+        raise RecipeSyntaxError(problem, source, 1, LONGEST + 1)
     try:
         tree = ast.parse(text, mode="eval")
         return Recipe(tuple(_techniques(tree.body, source)))
@@ -63,7 +64,8 @@ def _techniques(node: ast.expr, source: str) -> list[Technique]:
     if isinstance(node, ast.Name):
         return list(named_recipes()[node.id]) if node.id in named_recipes() else [technique(node.id).build({})]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return [] if node.func.id == "Recipe" and not node.args else [_call(node, node.func.id, source)]
+        is_empty_recipe = node.func.id == "Recipe" and not node.args and not node.keywords
+        return [] if is_empty_recipe else [_call(node, node.func.id, source)]
     raise _misplaced(node, "expected a technique such as CompileBlocks(), joined with |", source)
 
 

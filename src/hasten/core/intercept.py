@@ -29,8 +29,9 @@ class _Chain:
         self.run = innermost
 
     def add(self, link: Interceptor, *, outermost: bool) -> None:
-        keeps_outside = bool(self.links) and getattr(self.links[-1], "_hasten_outermost", False)
-        position = len(self.links) - 1 if keeps_outside and not outermost else len(self.links)
+        position = len(self.links)
+        while not outermost and position and getattr(self.links[position - 1], "_hasten_outermost", False):
+            position -= 1
         self.links.insert(position, link)
         self._compose()
 
@@ -61,15 +62,31 @@ def intercept(obj: object, method: str, link: Interceptor, *, outermost: bool = 
     Raises PatchError when the object has no such method, or cannot change its class.
     """
     base = base_class(obj)
-    if not callable(getattr(base, method, None)):
-        raise PatchError(f"{base.__name__} has no method {method!r} to intercept.")
-    chains: dict[str, _Chain] = obj.__dict__.setdefault(_CHAINS, {})
+    _check(obj, base, method)
+    chains: dict[str, _Chain] = obj.__dict__.get(_CHAINS, {})
     if method not in chains:
+        _set_class(obj, _subclass(base, frozenset({*chains, method})))
         chains[method] = _Chain(_own_method(base, method, obj))
-        _set_class(obj, _subclass(base, frozenset(chains)))
+        obj.__dict__[_CHAINS] = chains
     unique = _unique(link, outermost)
     chains[method].add(unique, outermost=outermost)
     return functools.partial(_remove, obj, base, method, unique)
+
+
+def _check(obj: object, base: type, method: str) -> None:
+    if not callable(getattr(base, method, None)):
+        raise PatchError(f"{base.__name__} has no method {method!r} to intercept.")
+    if not hasattr(obj, "__dict__"):
+        raise PatchError(f"{base.__name__} has no instance attributes, so its methods cannot be intercepted.")
+    if _CHAINS in obj.__dict__ and _BASE not in type(obj).__dict__:
+        raise _changed_since(obj, base)
+
+
+def _changed_since(obj: object, base: type) -> PatchError:
+    return PatchError(
+        f"The class of this {base.__name__} was changed by other code after hasten was applied "
+        f"(it is now {type(obj).__name__}); undo that change first, then leave the session."
+    )
 
 
 def _own_method(base: type, method: str, obj: object) -> Callable[..., Any]:
@@ -92,11 +109,10 @@ def _unique(link: Interceptor, outermost: bool) -> Interceptor:
 
 def _remove(obj: object, base: type, method: str, link: Interceptor) -> None:
     chains: dict[str, _Chain] = obj.__dict__.get(_CHAINS, {})
+    if method not in chains or link not in chains[method].links:
+        return
     if type(obj).__dict__.get(_BASE) is not base:
-        raise PatchError(
-            f"The class of this {base.__name__} was changed by other code after hasten was applied "
-            f"(it is now {type(obj).__name__}); undo that change first, then leave the session."
-        )
+        raise _changed_since(obj, base)
     chains[method].remove(link)
     if not chains[method].links:
         del chains[method]
@@ -138,7 +154,17 @@ def _overriding(base: type, name: str) -> Callable[..., Any]:
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copy and pickle as an unpatched object of the original class."""
     base = base_class(self)
-    reduced = list(base.__reduce_ex__(self, protocol))  # pyright: ignore[reportCallIssue]
-    if isinstance(reduced[2], dict):
-        reduced[2] = {key: value for key, value in reduced[2].items() if key != _CHAINS}
-    return (copyreg._reconstructor, (base, object, None), *reduced[2:])  # pyright: ignore
+    make, arguments, *rest = base.__reduce_ex__(self, protocol)
+    if rest:
+        rest[0] = _without_chains(rest[0])
+    if getattr(make, "__module__", None) == "copyreg":  # the default way, which insists on the object's own class
+        return (copyreg._reconstructor, (base, object, None), *rest)  # pyright: ignore
+    original = {type(self): base}
+    return (original.get(make, make), tuple(base if a is type(self) else a for a in arguments), *rest)
+
+
+def _without_chains(state: Any) -> Any:
+    """The state of an object without ours; an object with slots has a pair of attributes and slots."""
+    if isinstance(state, tuple):
+        return tuple(map(_without_chains, cast("tuple[Any, ...]", state)))
+    return {key: value for key, value in state.items() if key != _CHAINS} if isinstance(state, dict) else state

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -39,7 +39,8 @@ class Patch:
     def __init__(self, names: dict[int, str], clock: Callable[[], Clock]) -> None:
         self.log: list[Change] = []
         self.states: list[object] = []
-        self._names, self._clock, self._undo = names, clock, ExitStack()
+        self._names, self._clock = names, clock
+        self._undo: list[Callable[[], object]] = []
 
     @property
     def clock(self) -> Clock:
@@ -48,19 +49,19 @@ class Patch:
 
     def around(self, obj: object, link: Interceptor, what: str, *, method: str = "__call__") -> None:
         """Put `link(call, *args, **kwargs)` around a method of this one object; see `core.intercept`."""
-        self._undo.callback(intercept(obj, method, link))
+        self._undo.append(intercept(obj, method, link))
         self._record(obj, what)
 
     def outermost(self, obj: object, link: Interceptor, what: str, *, method: str = "__call__") -> None:
         """Like `around`, but stays outside every other interceptor of that method."""
-        self._undo.callback(intercept(obj, method, link, outermost=True))
+        self._undo.append(intercept(obj, method, link, outermost=True))
         self._record(obj, what)
 
     def set(self, obj: object, name: str, value: Any, what: str) -> None:
         """Set an attribute; an attribute the instance did not have itself is deleted again."""
         before = obj.__dict__.get(name, _ABSENT)
         setattr(obj, name, value)
-        self._undo.callback(_restore, obj, name, before)
+        self._undo.append(partial(_restore, obj, name, before))
         self._record(obj, what)
 
     def swap(self, parent: nn.Module, name: str, module: nn.Module, what: str) -> None:
@@ -69,7 +70,7 @@ class Patch:
             raise PatchError(f"{type(parent).__name__} has no sub-module {name!r} to replace.")
         before = parent._modules[name]
         parent._modules[name] = module
-        self._undo.callback(parent._modules.__setitem__, name, before)
+        self._undo.append(partial(parent._modules.__setitem__, name, before))
         self._record(parent, f"{name}: {what}")
 
     def restride(self, module: nn.Module, memory_format: torch.memory_format, what: str) -> int:
@@ -79,7 +80,7 @@ class Patch:
             if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=memory_format):
                 strides = parameter.stride()
                 parameter.data = parameter.data.contiguous(memory_format=memory_format)
-                self._undo.callback(_restore_strides, parameter, strides)
+                self._undo.append(partial(_restore_strides, parameter, strides))
                 changed += 1
         if changed:
             self._record(module, f"{what} ({changed} weights)")
@@ -87,7 +88,7 @@ class Patch:
 
     def undo(self, obj: object, what: str, callback: Callable[[], object]) -> None:
         """Record a change that has just been made by other means, with the function that takes it back."""
-        self._undo.callback(callback)
+        self._undo.append(callback)
         self._record(obj, what)
 
     def keep(self, state: T) -> T:
@@ -96,12 +97,24 @@ class Patch:
         return state
 
     def close(self) -> None:
-        """Take everything back, newest change first; a failing undo does not stop the others."""
-        self._undo.close()
+        """Take everything back, newest change first; a failing undo does not stop the others.
+
+        The first failure is raised at the end; what failed is tried again by the next `close`.
+        """
+        failed: list[tuple[Callable[[], object], Exception]] = []
+        while self._undo:
+            undo = self._undo.pop()
+            try:
+                undo()
+            except Exception as error:  # noqa: BLE001 - collected, so that the others are still undone
+                failed.append((undo, error))
+        self._undo = [undo for undo, _ in reversed(failed)]
+        if failed:
+            raise failed[0][1]
 
     def absorb(self) -> None:
         """Forget how to undo: the changes become permanent."""
-        self._undo.pop_all()
+        self._undo.clear()
 
     def _record(self, obj: object, what: str) -> None:
         self.log.append(Change(self._names.get(id(obj), type(obj).__name__), what))

@@ -39,7 +39,7 @@ class Recipe:
 
     def to_toml(self, description: str = "") -> str:
         """Write as TOML text that `from_toml` reads back."""
-        head = [f"description = {json.dumps(description)}", ""] if description else []
+        head = [f"description = {_quoted(description)}", ""] if description else []
         return "\n".join([*head, *(_table(item) for item in self.techniques)]) or "techniques = []\n"
 
     @classmethod
@@ -49,6 +49,8 @@ class Recipe:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise _toml_error(error, text, source) from None
+        except (ValueError, RecursionError):  # a number with thousands of digits, thousands of brackets
+            raise RecipeSyntaxError("not valid TOML.", source, 1, 1) from None
         unknown = sorted(set(data) - {"techniques", "description"})
         if unknown:
             raise HastenError(f"{source}: unknown key {unknown[0]!r}; a recipe has description and techniques.")
@@ -86,7 +88,14 @@ def _table(item: Technique) -> str:
 def _literal(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_literal(item) for item in cast("tuple[object, ...]", value)) + "]"
-    return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+    if isinstance(value, str):
+        return _quoted(value)
+    return json.dumps(value) if isinstance(value, bool) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    # TOML, unlike JSON, knows no surrogate pairs and forbids a bare DEL.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _from_table(table: object, source: str) -> Technique:
@@ -109,6 +118,6 @@ def read_recipe_file(path: Path) -> Recipe:
     """Read a recipe from a TOML file."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also text that is not UTF-8, and a path with a null byte
         raise HastenError(f"Cannot read the recipe file {path}: {error}.") from None
     return Recipe.from_toml(text, source=str(path))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from hasten.core.errors import Refused
 from hasten.core.recipe import Recipe, short
@@ -48,11 +48,25 @@ def _problems(techniques: tuple[Technique, ...], target: Target) -> Iterator[str
 
 def _conflicts(techniques: tuple[Technique, ...]) -> Iterator[str]:
     for one, other in itertools.combinations(techniques, 2):
-        if shared := next((a for a in one.claims() for b in other.claims() if overlap(a, b)), None):
+        if shared := _shared(one, other):
             names = f"{type(one).__name__} and {type(other).__name__}"
             if type(one) is type(other):
                 names = f"two {type(one).__name__}"
             yield f"{names} both take {describe_claim(shared)}; keep one of them."
+
+
+def clashes(added: Iterable[Technique], present: Iterable[Technique]) -> Iterator[str]:
+    """Say which techniques take what one of an open session has taken."""
+    for one, other in itertools.product(added, tuple(present)):
+        if shared := _shared(one, other):
+            yield (
+                f"{type(one).__name__} takes {describe_claim(shared)}, which {type(other).__name__} of a session that "
+                f"is still open has taken; leave that session first."
+            )
+
+
+def _shared(one: Technique, other: Technique) -> str | None:
+    return next((a for a in one.claims() for b in other.claims() if overlap(a, b)), None)
 
 
 def overlap(one: str, other: str) -> bool:
@@ -60,8 +74,19 @@ def overlap(one: str, other: str) -> bool:
     (kind, _, pattern), (other_kind, _, other_pattern) = one.partition(":"), other.partition(":")
     if kind != other_kind:
         return False
-    pattern, other_pattern = pattern or "*", other_pattern or "*"
-    return fnmatchcase(pattern, other_pattern) or fnmatchcase(other_pattern, pattern)
+    return _meet(pattern or "*", other_pattern or "*")
+
+
+@functools.cache
+def _meet(one: str, other: str) -> bool:
+    """Is there a text that both globs (of `*` and `?`) match?"""
+    if not one or not other:
+        return not (one + other).strip("*")
+    if one[0] == "*":
+        return _meet(one[1:], other) or _meet(one, other[1:])
+    if other[0] == "*":
+        return _meet(other, one)
+    return (one[0] == other[0] or "?" in (one[0], other[0])) and _meet(one[1:], other[1:])
 
 
 CLAIMS = {

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from hasten.core.clock import Clock
-from hasten.core.errors import HastenError, NoEffect, NotEngaged
+from hasten.core.errors import HastenError, NoEffect, NotEngaged, Refused
 from hasten.core.patch import Change, Patch, summarize
 from hasten.core.recipe import Recipe, as_recipe, short
-from hasten.core.resolve import Plan, resolve
+from hasten.core.resolve import Plan, clashes, resolve
 from hasten.core.target import Target
 from hasten.core.technique import Evidence, Technique
 
 T = TypeVar("T")
+
+_APPLIED: WeakKeyDictionary[nn.Module, list[tuple[Technique, ...]]] = WeakKeyDictionary()
+"""What open sessions have applied to each denoiser, so that a second session cannot take the same resource."""
 
 
 class Session:
@@ -26,6 +34,7 @@ class Session:
         self._clock_patch = Patch(self._names, self._get_clock)
         self._patches: list[tuple[Technique, Patch]] = []
         try:
+            self._register()
             for technique in plan.techniques:
                 self._apply(technique)
         except BaseException:
@@ -70,14 +79,21 @@ class Session:
 
     def close(self) -> None:
         """Take everything back, in reverse order of application."""
-        patches = [patch for _, patch in self._patches]
-        for patch in (*reversed(patches), self._clock_patch):
-            patch.close()
+        with ExitStack() as undoing:
+            for patch in (self._clock_patch, *(patch for _, patch in self._patches)):
+                undoing.callback(patch.close)
 
     def keep_forever(self) -> None:
         """Make the changes permanent: `close` then does nothing."""
         for patch in (*(patch for _, patch in self._patches), self._clock_patch):
             patch.absorb()
+
+    def _register(self) -> None:
+        for denoiser in self.target.denoisers:
+            applied = _APPLIED.setdefault(denoiser.module, [])
+            applied.append(self.plan.techniques)
+            release = partial(applied.remove, self.plan.techniques)
+            self._clock_patch.undo(denoiser.module, "taken by a session", release)
 
     def _apply(self, technique: Technique) -> None:
         patch = Patch(self._names, self._get_clock)
@@ -109,12 +125,17 @@ def accelerate(subject: object, recipe: Recipe | Technique | str) -> Session:
     """Apply a recipe to a diffusers pipeline or a bare denoiser, reversibly.
 
     Use it as `with hasten.accelerate(pipe, recipe) as session:`; leaving the block gives back the very pipeline
-    that went in. Raises Refused with plain sentences when the combination cannot run, before changing anything.
+    that went in. Raises Refused with plain sentences when the combination cannot run, also together with a session
+    that is still open, before changing anything.
     """
     target = subject if isinstance(subject, Target) else Target.of(subject)
     if target.device.type == "meta":
         raise HastenError(f"{target.title} has no weights (meta device): it can be planned, not run.")
-    return Session(resolve(as_recipe(recipe), target).check())
+    plan = resolve(as_recipe(recipe), target).check()
+    present = [item for d in target.denoisers for applied in _APPLIED.get(d.module, ()) for item in applied]
+    if taken := tuple(dict.fromkeys(clashes(plan.techniques, present))):
+        raise Refused(taken)
+    return Session(plan)
 
 
 def apply_permanently(subject: object, recipe: Recipe | Technique | str) -> Session:

@@ -65,7 +65,8 @@ class Target:
     def planned(cls, name: str) -> Target:
         """Describe a released model by name on the meta device: nothing is loaded or downloaded."""
         spec, released = find_released(name)
-        return cls(None, (Denoiser("denoiser", spec.build(released.config, device="meta"), spec),), name)
+        model = spec.build(released.config, device="meta").to(torch.bfloat16)
+        return cls(None, (Denoiser("denoiser", model, spec),), name)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -92,13 +93,23 @@ class Target:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the first denoiser's weights are (`meta` when only planned)."""
-        return next(self.denoisers[0].module.parameters()).device
+        """Where the first denoiser runs (`meta` when only planned)."""
+        hook = getattr(self.denoisers[0].module, "_hf_hook", None)
+        # accelerate's offloading keeps the weights elsewhere between calls, even on the meta device.
+        place = getattr(hook, "execution_device", None)
+        return self._weight.device if place is None else torch.device(place)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the first denoiser's weights."""
-        return next(self.denoisers[0].module.parameters()).dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        weight = next(self.denoisers[0].module.parameters(), None)
+        if weight is None:
+            raise HastenError(f"{self.title} has no weights, so it is no denoiser.")
+        return weight
 
     @cached_property
     def architecture(self) -> str:

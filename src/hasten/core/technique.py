@@ -188,7 +188,7 @@ def _convert(value: object, hint: object) -> object:
     if hint is type(None):
         return None if value is None else _MISFIT
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.inf
     return value if isinstance(hint, type) and type(value) is hint else _MISFIT
 
 
