@@ -97,9 +97,11 @@ PIPELINES = {"emoji-flux": flux_pipeline, "emoji-sd": sd_pipeline, "emoji-dit": 
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change top-level keys of a JSON file."""
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | changes, indent=2) + "\n")
+    """Change top-level keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(
+        json.dumps({k: v for k, v in content.items() if k not in changes or v is not None}, indent=2) + "\n"
+    )
 
 
 def write(name: str, pipe: Any, folder: Path, data: Path) -> None:
@@ -109,6 +111,13 @@ def write(name: str, pipe: Any, folder: Path, data: Path) -> None:
         if (folder / encoder / "config.json").exists():
             # transformers would otherwise load half precision beside a float32 rest
             edit_json(folder / encoder / "config.json", dtype="float32")
+    edit_json(folder / "vae" / "config.json", _name_or_path=None)
+    for tokenizer in folder.glob("tokenizer*"):
+        edit_json(tokenizer / "tokenizer_config.json", is_local=None, local_files_only=None)
+    if name == "emoji-flux":
+        # the name that transformers 4 and 5 both know
+        edit_json(folder / "tokenizer_2" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        edit_json(folder / "model_index.json", tokenizer_2=["transformers", "PreTrainedTokenizerFast"])
     if name == "emoji-dit":
         emoji = load_emoji(data)
         labels = {str(i): label for i, label in enumerate(sorted(dit_names(emoji)))}

@@ -41,7 +41,10 @@ def train_clip(corpus: list[str]) -> PreTrainedTokenizerFast:
 def clip_from(serialised: str) -> PreTrainedTokenizerFast:
     """A CLIPTokenizer with the trained vocabulary and merges, special tokens last (as in CLIP)."""
     model = json.loads(serialised)["model"]
-    vocabulary = dict(model["vocab"])
+    # the trainer numbers the word-final letters differently on every run: give them a fixed order
+    letters = sorted(token for token in model["vocab"] if len(token.removesuffix("</w>")) == 1)
+    longer = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in set(letters)]
+    vocabulary = {token: i for i, token in enumerate(letters + longer)}
     # every printable ASCII character can end a word: an unknown one would read as the end of the text
     for token in (
         *(chr(code) + "</w>" for code in range(33, 127) if not 65 <= code <= 90),
@@ -61,7 +64,9 @@ def pieces_of(corpus: list[str]) -> list[tuple[str, float]]:
     inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=768, unk_token="<unk>", show_progress=False)
     inner.train_from_iterator(corpus, trainer)
-    found = {piece: score for piece, score in json.loads(inner.to_str())["model"]["vocab"] if piece != "<unk>"}
+    found = {
+        piece: round(score, 6) for piece, score in json.loads(inner.to_str())["model"]["vocab"] if piece != "<unk>"
+    }
     words = Counter(
         word for text in corpus for word, _ in inner.pre_tokenizer.pre_tokenize_str(text.lower().replace(",", ""))
     )

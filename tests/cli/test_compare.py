@@ -56,7 +56,8 @@ def test_pictures_are_there_and_are_what_the_numbers_say(rows: dict[str, Any], r
     cached = "FirstBlockCache(threshold=10.0)"
     measured = mean_fidelity(pictures(cached), pictures("plain"))
     assert math.isclose(measured.psnr, rows[cached]["fidelity"]["psnr"], rel_tol=1e-6)
-    assert rows[cached]["fidelity"]["psnr"] < rows["AttentionBackend()"]["noise_floor"]["psnr"]
+    floor = rows["AttentionBackend()"]["noise_floor"]
+    assert floor["identical"] or rows[cached]["fidelity"]["psnr"] < floor["psnr"]
 
 
 def test_a_cache_reuses_steps_and_saves_time(rows: dict[str, Any]) -> None:

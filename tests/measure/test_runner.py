@@ -149,3 +149,23 @@ def test_the_environment_says_what_memory_means() -> None:
     facts = environment(torch.device("cpu"))
     assert facts["torch"] == torch.__version__
     assert "resident" in str(facts["peak_memory"])
+
+
+def test_a_machine_that_changes_speed_is_noticed(dit: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    real, runs = compare_module.run_recipe, list[Run]()
+
+    def slow_at_first(pipeline: Any, run: Run, **options: Any) -> None:
+        real(pipeline, run, **options)
+        runs.append(run)
+        run.seconds = [9.0 if len(runs) == 1 else 1.0 for _ in run.seconds]
+
+    monkeypatch.setattr(compare_module, "run_recipe", slow_at_first)
+    result = compare(dit.pipeline, [], workload(dit))
+    assert "took 9 s a picture at first and 1 s at the end" in result.warnings[0]
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(result.table())
+    assert "not reliable" in " ".join(captured.get().split())
+    assert "not reliable" in result.to_html()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hasten.core.errors import HastenError, Refused
@@ -30,6 +31,9 @@ NamedRecipe = tuple[str, Recipe]
 FLOOR_RECIPE = "AttentionBackend(name='math')"
 """Same mathematics in another order of operations: what it changes is the noise floor."""
 
+DRIFT = 1.25
+"""Factor by which the plain pipeline's time may change during a comparison without a warning."""
+
 
 @dataclass
 class _Job:
@@ -45,6 +49,7 @@ class _Job:
     baseline: Run | None = None
     floor: Fidelity | None = None
     interrupted: bool = False
+    warnings: list[str] = field(default_factory=list[str])
 
 
 def compare(
@@ -98,6 +103,7 @@ def _run_all(job: _Job, recipes: list[NamedRecipe], fewer_steps: bool) -> None:
     if fewer_steps:
         for steps in _matched_steps(job):
             _run_row(job, f"plain, {steps} steps", Recipe(), "fewer_steps", job.workload.replace(steps=steps))
+    _check_drift(job)
 
 
 def _run_row(job: _Job, name: str, recipe: Recipe, kind: Kind, workload: Workload | None = None) -> None:
@@ -143,6 +149,20 @@ def _measure_floor(job: _Job) -> None:
     with suppress(HastenError):
         run_recipe(job.pipeline, run)
         job.floor = mean_fidelity(run.images, references)
+
+
+def _check_drift(job: _Job) -> None:
+    """Time the plain pipeline once more: on a machine that became busier or idler, speed-ups mean little."""
+    if job.baseline is None:
+        return
+    again = Run(Recipe(), job.workload.replace(prompts=job.workload.prompts[:2], seeds=job.workload.seeds[:1]))
+    run_recipe(job.pipeline, again)
+    before, after = median(job.baseline.seconds), median(again.seconds)
+    if not 1 / DRIFT < after / before < DRIFT:
+        job.warnings.append(
+            f"The machine's speed changed meanwhile: the plain pipeline took {before:.3g} s a picture at first and "
+            f"{after:.3g} s at the end, so speed-ups are not reliable; run again when nothing else is running."
+        )
 
 
 def _matched_steps(job: _Job) -> list[int]:
@@ -199,5 +219,11 @@ def _comparison(job: _Job) -> Comparison:
         runs=job.runs,
     )
     facts = environment(target.device) | {"date": time.strftime("%Y-%m-%d %H:%M")}
-    return Comparison(environment=facts, workload=record, rows=tuple(job.rows), incomplete=job.interrupted)
+    return Comparison(
+        environment=facts,
+        workload=record,
+        rows=tuple(job.rows),
+        incomplete=job.interrupted,
+        warnings=tuple(job.warnings),
+    )
 

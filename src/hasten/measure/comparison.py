@@ -55,7 +55,7 @@ class Comparison(Record):
     """Several recipes on one workload, the baseline first.
 
     `environment` names the machine and the versions; its entry `peak_memory`, where present, says what the
-    memory column measures.
+    memory column measures. `warnings` are sentences about the measurement as a whole, such as a busy machine.
     """
 
     schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
@@ -63,6 +63,7 @@ class Comparison(Record):
     workload: WorkloadRecord
     rows: tuple[Row, ...]
     incomplete: bool = False
+    warnings: tuple[str, ...] = ()
     _folder: Path | None = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:

@@ -165,6 +165,7 @@ def _against(row: Row, other: Row) -> Sentence:
 
 def _warnings(comparison: Comparison) -> Iterator[Sentence]:
     plain = comparison.baseline
+    yield from (_say("{}", warning) for warning in comparison.warnings)
     slower = [row for row in measured(comparison) if row.kind == "recipe" and not is_faster(row, plain)]
     for row in slower:
         if (row.speedup or 0) > 1:

@@ -144,6 +144,8 @@ def _notes(comparison: Comparison) -> Text:
         fmt.lpips_note(comparison),
     ]
     text = Text("\n" + "; ".join(part for part in parts if part), style="dim")
+    for warning in comparison.warnings:
+        text.append(f"\n{warning}", style="not dim yellow")
     if comparison.incomplete:
         text.append("\nIncomplete: stopped before every row had finished.", style="not dim yellow")
     return text
