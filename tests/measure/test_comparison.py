@@ -52,7 +52,7 @@ def test_json_keeps_everything_and_the_order_of_the_schema(tmp_path: Path) -> No
     text = before.to_json(tmp_path / "out" / "comparison.json")
     assert Comparison.load(tmp_path / "out") == before
     assert (tmp_path / "out" / "comparison.json").read_text("utf-8") == text
-    assert list(json.loads(text)) == ["schema", "environment", "workload", "rows", "incomplete"]
+    assert list(json.loads(text)) == ["schema", "environment", "workload", "rows", "incomplete", "warnings"]
     assert json.loads(text)["schema"] == 1
     assert json.loads(text)["environment"]["tf32"] is True
     assert Comparison.load(tmp_path / "out").to_json() == text
