@@ -52,7 +52,7 @@ class Decisions:
         if not calls:
             raise NotEngaged(f"{name} saw no denoiser call; run the pipeline inside the session first.")
         if not self.reused and not may_never_reuse:
-            raise NotEngaged(f"{name} reused nothing in {calls} denoiser calls; raise its threshold or interval.")
+            raise NotEngaged(f"{name} never reused anything in {calls} calls; raise its threshold or interval.")
         return Evidence(
             summary=f"{self.reused} of {calls} denoiser calls reused earlier results",
             full_steps=self.full,

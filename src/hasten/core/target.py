@@ -94,10 +94,11 @@ class Target:
     @cached_property
     def device(self) -> torch.device:
         """Where the first denoiser runs (`meta` when only planned)."""
-        hook = getattr(self.denoisers[0].module, "_hf_hook", None)
         # accelerate's offloading keeps the weights elsewhere between calls, even on the meta device.
-        place = getattr(hook, "execution_device", None)
-        return self._weight.device if place is None else torch.device(place)
+        hooks = (getattr(module, "_hf_hook", None) for module in self.denoisers[0].module.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
+        place = next((place for place in places if place is not None), self._weight.device)
+        return torch.device(place)
 
     @cached_property
     def dtype(self) -> torch.dtype:
