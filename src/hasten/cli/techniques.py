@@ -21,6 +21,7 @@ def techniques(
 
     if name is None:
         out.print(_overview())
+        out.print(_recipes())
         out.print("Show one with its parameters: hasten techniques NAME", highlight=False)
         return
     cls = technique(name)
@@ -36,6 +37,15 @@ def _overview() -> Table:
     table = Table("technique", "family", "picture", "what it does", title="Techniques", title_justify="left")
     for name, cls in techniques().items():
         table.add_row(name, family(cls), "may change" if cls.lossy else "same", _first_sentence(cls))
+    return table
+
+
+def _recipes() -> Table:
+    from hasten.core.expression import named_recipes
+
+    table = Table("recipe", "techniques", title="Recipes that have a name", title_justify="left")
+    for name, recipe in named_recipes().items():
+        table.add_row(name, "nothing" if not recipe.techniques else str(recipe))
     return table
 
 

@@ -65,7 +65,7 @@ def intercept(obj: object, method: str, link: Interceptor, *, outermost: bool = 
     _check(obj, base, method)
     chains: dict[str, _Chain] = obj.__dict__.get(_CHAINS, {})
     if method not in chains:
-        _set_class(obj, _subclass(base, frozenset({*chains, method})))
+        _set_class(obj, base, frozenset({*chains, method}))
         chains[method] = _Chain(_own_method(base, method, obj))
         obj.__dict__[_CHAINS] = chains
     unique = _unique(link, outermost)
@@ -116,18 +116,16 @@ def _remove(obj: object, base: type, method: str, link: Interceptor) -> None:
     chains[method].remove(link)
     if not chains[method].links:
         del chains[method]
-    if chains:
-        _set_class(obj, _subclass(base, frozenset(chains)))
-    else:
+    if not chains:
         del obj.__dict__[_CHAINS]
-        _set_class(obj, base)
+    _set_class(obj, base, frozenset(chains))
 
 
-def _set_class(obj: object, cls: type) -> None:
+def _set_class(obj: object, base: type, methods: frozenset[str]) -> None:
     try:
-        obj.__class__ = cls
+        obj.__class__ = _subclass(base, methods) if methods else base
     except TypeError as error:
-        raise PatchError(f"{type(obj).__name__} does not allow its methods to be intercepted: {error}") from error
+        raise PatchError(f"{base.__name__} does not allow its methods to be intercepted: {error}.") from error
 
 
 @functools.cache
@@ -154,7 +152,7 @@ def _overriding(base: type, name: str) -> Callable[..., Any]:
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copy and pickle as an unpatched object of the original class."""
     base = base_class(self)
-    make, arguments, *rest = base.__reduce_ex__(self, protocol)
+    make, arguments, *rest = cast("tuple[Any, ...]", base.__reduce_ex__(self, protocol))  # pyright: ignore
     if rest:
         rest[0] = _without_chains(rest[0])
     if getattr(make, "__module__", None) == "copyreg":  # the default way, which insists on the object's own class

@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from hasten.measure.comparison import Comparison, Row
+from hasten.measure.comparison import Comparison, FidelityRecord, Row
 from hasten.measure.report import formatting as fmt
 from hasten.measure.report.names import readable
 from hasten.measure.report.verdict import Closeness, closeness, is_faster, noise_floor
@@ -135,12 +135,18 @@ def _reason(row: Row, before: str) -> Text:
     return Text.assemble(before, (f"{row.status} ", style), (name, "bold"), f": {reason}")
 
 
+def _floor_note(floor: FidelityRecord | None) -> str:
+    if floor is None:
+        return "noise floor: not measured"
+    return f"noise floor: {fmt.psnr(floor)}" + ("" if floor.identical else " dB")
+
+
 def _notes(comparison: Comparison) -> Text:
     floor = noise_floor(comparison)
     parts = [
         f"peak memory: {fmt.memory_note(comparison)}",
         "set-up pays off after that many images",
-        f"noise floor: {fmt.psnr(floor)} dB" if floor else "noise floor: not measured",
+        _floor_note(floor),
         fmt.lpips_note(comparison),
     ]
     text = Text("\n" + "; ".join(part for part in parts if part), style="dim")
