@@ -1,65 +1,56 @@
-"""hasten accelerates diffusion-model inference and proves what each change did to time, memory and the picture."""
+"""hasten accelerates diffusion-model inference and proves what each change did to time, memory and the picture.
+
+Names load when first used, so that `import hasten` is instant; every technique is available under its own name.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hasten.attention import AttentionBackend
-from hasten.cache import FORA, DeepCache, FirstBlockCache
-from hasten.compilation import ChannelsLast, CompileBlocks
-from hasten.core.errors import HastenError, NoEffect, NotEngaged, Refused
-from hasten.core.expression import load_recipe
-from hasten.core.recipe import Recipe
-from hasten.core.resolve import Plan, resolve
-from hasten.core.session import Session, accelerate, apply_permanently
-from hasten.core.target import Target
-from hasten.core.technique import Cost, Evidence, Stage, Technique
-from hasten.core.workload import Workload
-
 if TYPE_CHECKING:
+    from hasten.attention import *  # noqa: F403
+    from hasten.cache import *  # noqa: F403
+    from hasten.compilation import *  # noqa: F403
+    from hasten.core.errors import HastenError, NoEffect, NotEngaged, Refused
+    from hasten.core.expression import load_recipe
+    from hasten.core.recipe import Recipe
+    from hasten.core.resolve import Plan, resolve
+    from hasten.core.session import Session, accelerate, apply_permanently
+    from hasten.core.target import Target
+    from hasten.core.technique import Cost, Evidence, Stage, Technique
+    from hasten.core.workload import Workload
     from hasten.measure.compare import compare
     from hasten.measure.comparison import Comparison
     from hasten.models import load
 
 __version__ = "0.1.0"
 
-_LATER = {"compare": "hasten.measure.compare", "Comparison": "hasten.measure.comparison", "load": "hasten.models"}
+_HOMES = {
+    "core.errors": ("HastenError", "NoEffect", "NotEngaged", "Refused"),
+    "core.expression": ("load_recipe",),
+    "core.recipe": ("Recipe",),
+    "core.resolve": ("Plan", "resolve"),
+    "core.session": ("Session", "accelerate", "apply_permanently"),
+    "core.target": ("Target",),
+    "core.technique": ("Cost", "Evidence", "Stage", "Technique"),
+    "core.workload": ("Workload",),
+    "measure.compare": ("compare",),
+    "measure.comparison": ("Comparison",),
+    "models": ("load",),
+}
+_HOME_OF = {name: f"hasten.{module}" for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Measuring needs packages that are slow to import; they load when first used.
-    if name not in _LATER:
-        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
-    from importlib import import_module
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    if not name.startswith("_"):
+        techniques = import_module("hasten.core.registry").techniques()
+        if name in techniques:
+            return techniques[name]
+    raise AttributeError(f"module 'hasten' has no attribute {name!r}")
 
-    return getattr(import_module(_LATER[name]), name)
 
-
-__all__ = [
-    "FORA",
-    "AttentionBackend",
-    "ChannelsLast",
-    "Comparison",
-    "CompileBlocks",
-    "Cost",
-    "DeepCache",
-    "Evidence",
-    "FirstBlockCache",
-    "HastenError",
-    "NoEffect",
-    "NotEngaged",
-    "Plan",
-    "Recipe",
-    "Refused",
-    "Session",
-    "Stage",
-    "Target",
-    "Technique",
-    "Workload",
-    "accelerate",
-    "apply_permanently",
-    "compare",
-    "load",
-    "load_recipe",
-    "resolve",
-]
+def __dir__() -> list[str]:
+    return sorted([*_HOME_OF, *import_module("hasten.core.registry").techniques(), "__version__"])

@@ -3,8 +3,8 @@
 A linear map takes image features, another one MiniLM name vectors, into one space; both are fitted contrastively
 (the softmax over all names of Radford et al. 2021, https://arxiv.org/abs/2103.00020) on real images. The score is
 how often the right name among all names comes first. No image is ever scored by a head that was fitted with it,
-and no sample by a head that was fitted with the real image of its caption. Half of the training images are softened,
-tinted copies: the score is about what is shown, not about faint noise.
+and no sample by a head that was fitted with the real image of its caption. Half of the training images are softened
+copies (damage.py): the score is about what is shown, not about faint noise.
 """
 
 from __future__ import annotations

@@ -39,27 +39,27 @@ def pooled(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def over_batches(images: Tensor, function: Callable[[Tensor], Tensor], batch: int = 64) -> Tensor:
+def over_batches(images: Tensor, function: Callable[[Tensor], Tensor], batch: int = 16) -> Tensor:
     """`function` of images uint8 [N, H, W, 3], handed over as [n, 3, H, W] in [0, 1]."""
     return torch.cat([function(chunk.permute(0, 3, 1, 2).float() / 255) for chunk in images.split(batch)])
 
 
 def features_of(
-    kind: str, function: Callable[[Tensor], Tensor], images: Tensor, folder: Path, softened: bool
+    kind: str, function: Callable[[Tensor], Tensor], images: Tensor, folder: Path, seed: int | None
 ) -> Tensor:
-    """`function` of images uint8 [N, H, W, 3] or of softened copies, remembered in `folder` as `kind`."""
-    generator = torch.Generator().manual_seed(0)
+    """`function` of images uint8 [N, H, W, 3] or, with a seed, of softened copies; remembered in `folder`."""
+    generator = torch.Generator().manual_seed(seed or 0)
 
     def compute(pixels: Tensor) -> Tensor:
-        return function(soften(pixels, generator) if softened else pixels)
+        return function(pixels if seed is None else soften(pixels, generator))
 
-    path = folder / f"{kind}-{'soft' if softened else 'plain'}-{digest(images)}.safetensors"
+    path = folder / f"{kind}-{'plain' if seed is None else f'soft{seed}'}-{digest(images)}.safetensors"
     return remember(path, lambda: {"features": over_batches(images, compute)})["features"]
 
 
-def image_features(images: Tensor, folder: Path, softened: bool = False) -> Tensor:
-    """`pooled` features of images uint8 [N, H, W, 3], or of softened copies, remembered."""
-    return features_of(f"pooled-{SIDE}", pooled, images, folder, softened)
+def image_features(images: Tensor, folder: Path, seed: int | None = None) -> Tensor:
+    """`pooled` features of images uint8 [N, H, W, 3], or (with a seed) of softened copies, remembered."""
+    return features_of(f"pooled-{SIDE}", pooled, images, folder, seed)
 
 
 @torch.no_grad()

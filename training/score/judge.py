@@ -60,6 +60,11 @@ def mean_by(keys: Sequence[str], values: Tensor) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda item: -item[1]))
 
 
+def distances(left: Tensor, right: Tensor) -> Tensor:
+    """LPIPS at 128 px of images uint8 [N, H, W, 3], pair by pair."""
+    return lpips_distance(left.permute(0, 3, 1, 2) / 255, right.permute(0, 3, 1, 2) / 255)
+
+
 class Judge:
     """The real images, their features and everything fitted to them."""
 
@@ -67,7 +72,7 @@ class Judge:
         self.emoji, self.cache = emoji, cache
         self.names, self.styles = sorted(set(emoji.names)), sorted(set(emoji.styles))
         self.features = image_features(emoji.images, cache)
-        versions = [self.features, image_features(emoji.images, cache, softened=True)]
+        versions = [self.features, image_features(emoji.images, cache, seed=0)]
         self.targets = self.name_index(emoji.names)
         self.row_of = {pair: i for i, pair in enumerate(zip(emoji.names, emoji.styles, strict=True))}
         vectors = name_vectors(self.names)
@@ -173,14 +178,22 @@ class Judge:
         twins = rows.unique()
         real = self.classifier.predict(style_features(self.emoji.images, self.cache)[twins], self.targets[twins])
         genuine = (real == self.style_index(self.emoji.styles[i] for i in twins.tolist())).float()
+        drawing = self._drawing(samples)
         by_style = mean_by([style or "" for style in samples.styles], right)
-        return {"samples": right.mean().item(), "real": genuine.mean().item(), "by_style": by_style}
+        return {"samples": right.mean().item(), "real": genuine.mean().item(), "by_style": by_style, **drawing}
+
+    def _drawing(self, samples: Samples) -> dict[str, float]:
+        """How often, of all real drawings of a sample's concept, the nearest (LPIPS) is in the style asked for."""
+        right, chance = 0, 0.0
+        for image, name, style in zip(samples.images, samples.names, samples.styles, strict=True):
+            rows = (self.targets == self.names.index(name)).nonzero()[:, 0]
+            nearest = rows[distances(image.expand(len(rows), -1, -1, -1), self.emoji.images[rows]).argmin()]
+            right += self.emoji.styles[int(nearest)] == style
+            chance += 1 / len(rows)
+        return {"nearest_drawing": right / len(samples.names), "nearest_drawing_chance": chance / len(samples.names)}
 
     def _copies(self, images: Tensor, rows: Tensor) -> dict[str, float]:
         """LPIPS (128 px) between each sample and the real image of its caption."""
-        distances: list[Tensor] = []
-        for drawn, real in zip(images.split(32), self.emoji.images[rows].split(32), strict=True):
-            left, right = (part.permute(0, 3, 1, 2) / 255 for part in (drawn, real))
-            distances.append(lpips_distance(left, right))
-        every = torch.cat(distances)
+        pairs = zip(images.split(32), self.emoji.images[rows].split(32), strict=True)
+        every = torch.cat([distances(drawn, real) for drawn, real in pairs])
         return {"lpips_median": every.median().item(), "copies": (every < COPY).float().mean().item()}

@@ -1,8 +1,8 @@
 """A small style classifier: logistic regression on the palette and on early features of EfficientNet-Lite0.
 
-What sets the emoji sets apart is mostly their palette, and lines and shading. The classifier that judges an image
-was not fitted with any image of the same concept, and half of its training images are softened, tinted copies, so
-that it does not hang on exact colour values.
+What sets the emoji sets apart is mostly their palette, then lines, shading and margins. The classifier that judges an
+image was not fitted with any image of the same concept, and two thirds of its training images are softened copies
+(damage.py), so that it does not hang on exact colour values. All of them are real images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from score.features import features_of, network
 FOLDS = 5
 BINS = (6, 12)
 STAGES = (0, 2, 4, 7)
+FLAT = (0.004, 0.01, 0.02, 0.04, 0.1, 0.2)
 PENALTY = 0.01
+COPIES = 2
 
 
 def palette(pixels: Tensor, bins: int) -> Tensor:
@@ -51,14 +53,30 @@ def texture(pixels: Tensor) -> Tensor:
     return torch.cat(found, dim=1)
 
 
+def layout(pixels: Tensor) -> Tensor:
+    """Where something is drawn: coverage of a 16x16 grid and the outline's extent along both axes."""
+    ink = (4 * (1 - pixels.amin(dim=1, keepdim=True))).clamp(0, 1)
+    extents = [ink.amax(dim=axis).flatten(1)[:, ::4] for axis in (2, 3)]
+    return torch.cat([F.adaptive_avg_pool2d(ink, 16).flatten(1), *extents, ink.mean(dim=(2, 3))], dim=1)
+
+
+def flatness(pixels: Tensor) -> Tensor:
+    """Share of what is drawn whose horizontal change stays under each of six thresholds."""
+    change = (pixels[..., 1:] - pixels[..., :-1]).abs().amax(dim=1)
+    drawn = (pixels.amin(dim=1) < 0.97).float()[..., 1:]
+    shares = [((change < limit) * drawn).sum(dim=(1, 2)) / (drawn.sum(dim=(1, 2)) + 1) for limit in FLAT]
+    return torch.stack(shares, dim=1)
+
+
 def describe(pixels: Tensor) -> Tensor:
-    """All style features of images [N, 3, H, W] in [0, 1]."""
-    return torch.cat([texture(pixels), *(palette(pixels, bins) for bins in BINS)], dim=1)
+    """All style features of images [N, 3, 128, 128] in [0, 1]."""
+    palettes = [palette(pixels, bins) for bins in BINS]
+    return torch.cat([texture(pixels), *palettes, layout(pixels), flatness(pixels)], dim=1)
 
 
-def style_features(images: Tensor, cache: Path, softened: bool = False) -> Tensor:
-    """Style features of images uint8 [N, H, W, 3], or of softened copies, remembered."""
-    return features_of("style", describe, images, cache, softened)
+def style_features(images: Tensor, cache: Path, seed: int | None = None) -> Tensor:
+    """Style features of images uint8 [N, H, W, 3], or (with a seed) of softened copies, remembered."""
+    return features_of("style", describe, images, cache, seed)
 
 
 def fit(features: Tensor, styles: Tensor, classes: int) -> dict[str, Tensor]:
@@ -86,7 +104,7 @@ class StyleClassifier:
         self.classes, count = int(styles.max()) + 1, int(concepts.max()) + 1
         self.fold_of_concept = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % FOLDS
         self.cache = cache
-        features = [style_features(images, cache), style_features(images, cache, softened=True)]
+        features = [style_features(images, cache, seed) for seed in (None, *range(COPIES))]
         folds = self.fold_of_concept[concepts]
         self.models = [
             self._model([part[folds != fold] for part in features], styles[folds != fold]) for fold in range(FOLDS)
@@ -95,7 +113,7 @@ class StyleClassifier:
     def _model(self, features: list[Tensor], styles: Tensor) -> dict[str, Tensor]:
         key = digest(*features, styles, f"{PENALTY}")
         path = self.cache / f"style-model-{key}.safetensors"
-        return remember(path, lambda: fit(torch.cat(features), styles.repeat(2), self.classes))
+        return remember(path, lambda: fit(torch.cat(features), styles.repeat(len(features)), self.classes))
 
     def predict(self, features: Tensor, concepts: Tensor) -> Tensor:
         """The most likely style of each image, given which concept it shows."""

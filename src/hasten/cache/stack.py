@@ -140,6 +140,7 @@ class SeenBlock:
         self._block, self._stack, self._change, self._skip = block, stack, after, skip
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, or only pass its streams on in the form that it would return."""
         before = self._stack.read(args, kwargs)
         if self._skip:
             return self._stack.pack(before)

@@ -1,0 +1,1 @@
+"""Model cards of the bundled models, written from measured files only."""
