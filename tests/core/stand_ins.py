@@ -12,7 +12,9 @@ from torch import nn
 
 from hasten.core.clock import Clock, Moment
 from hasten.core.patch import Patch
+from hasten.core.registry import specs
 from hasten.core.target import Target
+from tests.contract.rigs import Rig
 
 
 class Network(CacheMixin, nn.Module):
@@ -107,3 +109,9 @@ def requests_of(moments: list[Moment]) -> list[int]:
     """The requests of the moments, numbered from 0 in order of appearance."""
     order = list(dict.fromkeys(moment.request for moment in moments))
     return [order.index(moment.request) for moment in moments]
+
+
+def sized_flux(double: int, single: int) -> Rig:
+    """A pipeline around a FLUX with so many double-stream and single-stream blocks, and no VAE."""
+    spec = specs()["flux"]
+    return Rig(spec, spec.build({**spec.tiny, "num_layers": double, "num_single_layers": single}), nn.Identity())

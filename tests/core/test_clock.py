@@ -29,11 +29,10 @@ from torch import nn
 
 from hasten.cache import FirstBlockCache
 from hasten.core.clock import MOST_CALLS, Moment
-from hasten.core.registry import specs
 from hasten.core.session import accelerate
 from hasten.core.spec import InputSize
-from tests.contract.rigs import Rig, make
-from tests.core.stand_ins import Network, Pipeline, branches_of, requests_of, steps_of, watched
+from tests.contract.rigs import make
+from tests.core.stand_ins import Network, Pipeline, branches_of, requests_of, sized_flux, steps_of, watched
 
 SCHEDULERS: tuple[type[Any], ...] = (
     DDIMScheduler,
@@ -396,16 +395,11 @@ class Request:
     scheduler: int
 
 
-def small_flux() -> Rig:
-    spec = specs()["flux"]
-    return Rig(spec, spec.build({**spec.tiny, "num_layers": 1, "num_single_layers": 1}), nn.Identity())
-
-
 class Cached:
     """A small FLUX with FirstBlockCache at a threshold that reuses whenever it may."""
 
     def __init__(self) -> None:
-        self.rig = small_flux()
+        self.rig = sized_flux(1, 1)
         self.schedulers = (self.rig.scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0))
         self.computed: list[bool] = []
         self.rig.denoiser.get_submodule("single_transformer_blocks.0").register_forward_hook(self._note)
