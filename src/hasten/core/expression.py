@@ -53,7 +53,8 @@ def parse(text: str, source: str = "recipe") -> Recipe:
         return Recipe(tuple(_techniques(tree.body, source)))
     except SyntaxError as error:
         problem = f"not a recipe expression: {error.msg}."
-        raise RecipeSyntaxError(problem, source, error.lineno or 1, error.offset or 1) from None
+        at_end = len(text.splitlines()[-1]) + 1 if text else 1  # Python gives no offset for an unexpected end
+        raise RecipeSyntaxError(problem, source, error.lineno or 1, error.offset or at_end) from None
     except (RecursionError, MemoryError, ValueError):
         raise RecipeSyntaxError("not a recipe expression.", source, 1, 1) from None
 

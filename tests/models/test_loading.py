@@ -1,0 +1,162 @@
+"""Loading by name, folder and hub id: it works, or says in one sentence why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from hasten.core.errors import HastenError, UnknownName
+from hasten.models import bundled, check_safetensors, default_workload, find_folder, load
+
+
+def test_a_bundled_name_a_folder_and_a_hub_id_are_told_apart(tmp_path: Path) -> None:
+    assert find_folder("emoji-dit") == bundled()["emoji-dit"]
+    copied = tmp_path / "copy"
+    shutil.copytree(bundled()["emoji-dit"], copied)
+    assert find_folder(str(copied)) == copied
+    assert find_folder("some-owner/some-model") is None
+
+
+@pytest.mark.parametrize("name", ["emoji-flx", "nonsense", "./nowhere", "/no/such/folder", "a/b/c"])
+def test_what_is_nothing_is_refused(name: str) -> None:
+    with pytest.raises(UnknownName, match="emoji-flux"):
+        find_folder(name)
+
+
+def test_folders_that_hold_no_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(HastenError, match="is a file"):
+        find_folder(str(tmp_path / "file.txt"))
+    with pytest.raises(HastenError, match="no model_index.json"):
+        find_folder(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{broken")
+    with pytest.raises(HastenError, match="line 1, column 2"):
+        find_folder(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(HastenError, match="_class_name"):
+        find_folder(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.42.1"}')
+    with pytest.raises(HastenError, match="Cannot load the folder"):
+        load(str(tmp_path))
+
+
+def weights(tmp_path: Path, header: bytes, data: bytes, length: int | None = None) -> Path:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return file
+
+
+def test_damaged_weight_files(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    check_safetensors(weights(tmp_path, header, bytes(8)))
+    with pytest.raises(HastenError, match="where its header promises"):
+        check_safetensors(weights(tmp_path, header, bytes(7)))
+    with pytest.raises(HastenError, match="truncated within its header"):
+        check_safetensors(weights(tmp_path, header, bytes(8), 2**60))
+    for header in (b"[]", b"{", b'{"w": 3}', b'{"w": {"data_offsets": []}}', b"[" * 100_000):
+        with pytest.raises(HastenError, match="header is not valid"):
+            check_safetensors(weights(tmp_path, header, b""))
+    (tmp_path / "tiny.safetensors").write_bytes(b"abc")
+    with pytest.raises(HastenError, match="truncated"):
+        check_safetensors(tmp_path / "tiny.safetensors")
+
+
+def test_a_workload_file_with_mistakes(tmp_path: Path) -> None:
+    file = tmp_path / "workload.json"
+    file.write_text('{"stepz": 3}')
+    with pytest.raises(HastenError, match="stepz"):
+        default_workload(tmp_path)
+    file.write_text("[1]")
+    with pytest.raises(HastenError, match="no table"):
+        default_workload(tmp_path)
+    file.write_text('{"steps": 0}')
+    with pytest.raises(HastenError, match="at least 1"):
+        default_workload(tmp_path)
+    file.unlink()
+    assert len(default_workload(tmp_path).prompts) == 4
+
+
+def test_types_and_devices() -> None:
+    assert next(load("emoji-dit", dtype="bfloat16").pipeline.transformer.parameters()).dtype == torch.bfloat16
+    assert next(load("emoji-dit").pipeline.transformer.parameters()).dtype == torch.float32
+    with pytest.raises(UnknownName, match="bfloat16"):
+        load("emoji-dit", dtype="bfloat")
+    with pytest.raises(HastenError, match="cannot be used"):
+        load("emoji-dit", device="cuda:9")
+
+
+CODE = "from hasten.models import load; print('loaded', type(load('owner/tiny').pipeline).__name__)"
+
+
+def run_with_hub(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    base = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    return subprocess.run(command, env=base | environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
+    result = run_with_hub(tmp_path, HF_HUB_OFFLINE="1")
+    last = result.stderr.strip().splitlines()[-1]
+    assert "hasten.core.errors.HastenError: Cannot load 'owner/tiny' from the model hub" in last
+    assert "emoji-flux" in last
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """The part of a model hub that a download needs: the list of files, and the files."""
+
+    folder: Path
+    commit = "0" * 40
+
+    def do_HEAD(self) -> None:
+        self.respond(body=False)
+
+    def do_GET(self) -> None:
+        self.respond(body=True)
+
+    def respond(self, *, body: bool) -> None:
+        if self.path.startswith("/api/models/"):
+            return self.send(self.listing(), "application/json", body)
+        file = self.folder / self.path.partition("/resolve/")[2].partition("/")[2].partition("?")[0]
+        if not file.is_file():
+            return self.send_error(404)
+        return self.send(file.read_bytes(), "application/octet-stream", body)
+
+    def listing(self) -> bytes:
+        files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
+        names = {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
+        if "/tree/" in self.path:
+            return json.dumps([{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in names.items()]).encode()
+        return json.dumps({"id": "owner/tiny", "sha": self.commit, "siblings": [{"rfilename": n} for n in names]}).encode()
+
+    def send(self, data: bytes, kind: str, body: bool) -> None:
+        self.send_response(200)
+        headers = {"Content-Type": kind, "Content-Length": len(data), "ETag": f'"{hash(data)}"'}
+        for name, value in (headers | {"X-Repo-Commit": self.commit}).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        """Stay silent."""
+
+
+def test_a_model_comes_from_a_hub(tmp_path: Path) -> None:
+    handler = type("OurHub", (Hub,), {"folder": bundled()["emoji-dit"]})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        result = run_with_hub(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_DISABLE_XET="1")
+    finally:
+        server.shutdown()
+    assert result.stdout.strip().endswith("loaded DiTPipeline"), result.stderr[-2000:]
