@@ -156,9 +156,7 @@ def main() -> None:
         raise SystemExit("half-precision storage changes LPIPS by more than allowed()")
     save(half, options.out)
     size = options.out.stat().st_size
-    print(
-        f"{options.out.name}: {size:,} bytes, sha256 {hashlib.sha256(options.out.read_bytes()).hexdigest()}"
-    )
+    print(f"{options.out.name}: {size:,} bytes, sha256 {hashlib.sha256(options.out.read_bytes()).hexdigest()}")
 
 
 if __name__ == "__main__":

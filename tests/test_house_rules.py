@@ -82,9 +82,13 @@ def test_importing_is_instant_and_the_core_needs_nothing_slow() -> None:
 
 
 def test_the_repository_names_no_machine() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
     texts = [ROOT / name for name in listed if name.endswith((".py", ".md", ".toml", ".txt", ".sh", ".json"))]
     pattern = re.compile(r"(?<![\w.])/(?:work|root)/\w+")
-    found = {file.name: match[0] for file in texts if file.exists() and (match := pattern.search(file.read_text("utf-8")))}
+    found = {
+        file.name: match[0] for file in texts if file.exists() and (match := pattern.search(file.read_text("utf-8")))
+    }
     found.pop(Path(__file__).name, None)
     assert not found

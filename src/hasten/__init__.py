@@ -12,17 +12,26 @@ if TYPE_CHECKING:
     from hasten.attention import *  # noqa: F403
     from hasten.cache import *  # noqa: F403
     from hasten.compilation import *  # noqa: F403
-    from hasten.core.errors import HastenError, NoEffect, NotEngaged, Refused
-    from hasten.core.expression import load_recipe
-    from hasten.core.recipe import Recipe
-    from hasten.core.resolve import Plan, resolve
-    from hasten.core.session import Session, accelerate, apply_permanently
-    from hasten.core.target import Target
-    from hasten.core.technique import Cost, Evidence, Stage, Technique
-    from hasten.core.workload import Workload
-    from hasten.measure.compare import compare
-    from hasten.measure.comparison import Comparison
-    from hasten.models import load
+    from hasten.core.errors import HastenError as HastenError
+    from hasten.core.errors import NoEffect as NoEffect
+    from hasten.core.errors import NotEngaged as NotEngaged
+    from hasten.core.errors import Refused as Refused
+    from hasten.core.expression import load_recipe as load_recipe
+    from hasten.core.recipe import Recipe as Recipe
+    from hasten.core.resolve import Plan as Plan
+    from hasten.core.resolve import resolve as resolve
+    from hasten.core.session import Session as Session
+    from hasten.core.session import accelerate as accelerate
+    from hasten.core.session import apply_permanently as apply_permanently
+    from hasten.core.target import Target as Target
+    from hasten.core.technique import Cost as Cost
+    from hasten.core.technique import Evidence as Evidence
+    from hasten.core.technique import Stage as Stage
+    from hasten.core.technique import Technique as Technique
+    from hasten.core.workload import Workload as Workload
+    from hasten.measure.compare import compare as compare
+    from hasten.measure.comparison import Comparison as Comparison
+    from hasten.models import load as load
 
 __version__ = "0.1.0"
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
-from hasten.cli import app
+from hasten.cli import app, common
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run() -> Run:
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(common.out, "width", 160)
+
     def invoke(*arguments: object) -> Result:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "140"})
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return invoke

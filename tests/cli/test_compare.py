@@ -41,7 +41,13 @@ def rows(report: Path) -> dict[str, Any]:
 
 def test_the_baseline_comes_first_and_every_recipe_has_a_row(rows: dict[str, Any]) -> None:
     names = list(rows)
-    assert names[:5] == ["plain", "AttentionBackend()", "FirstBlockCache(threshold=10.0)", "DeepCache()", "ChannelsLast()"]
+    assert names[:5] == [
+        "plain",
+        "AttentionBackend()",
+        "FirstBlockCache(threshold=10.0)",
+        "DeepCache()",
+        "ChannelsLast()",
+    ]
     assert rows["plain"]["speedup"] == 1
     assert rows["plain"]["fidelity"] is None
 
@@ -131,7 +137,8 @@ def test_nan_is_a_failed_row_and_for_the_baseline_an_error(
     def broken_after(first: int) -> Any:
         def decode(self: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append(1)
-            return real(self, latents * (float("nan") if len(calls) > first else 1), *args, **kwargs)
+            scale = float("nan") if len(calls) > first else 1
+            return real(self, latents * scale, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
         return decode
 

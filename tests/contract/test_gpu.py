@@ -26,6 +26,7 @@ class Watched(Rig):
 
     def call(self, arguments: dict[str, Any]) -> Any:
         torch.cuda.synchronize()
+        caught: list[warnings.WarningMessage] = []
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:

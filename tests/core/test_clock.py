@@ -357,6 +357,7 @@ def test_two_denoisers_share_the_steps() -> None:
         pipeline.scheduler.set_timesteps(4)
         sample = torch.ones(1, 4, 4, 4)
         for index, timestep in enumerate(pipeline.scheduler.timesteps):
+            output = torch.empty(0)
             for _ in range(2):
                 output = (early if index < 2 else late)(sample, timestep)[0]
             sample = pipeline.scheduler.step(output, timestep, sample, return_dict=False)[0]
@@ -411,7 +412,8 @@ class Cached:
     @torch.no_grad()
     def run(self, request: Request) -> list[torch.Tensor]:
         """All outputs of the denoiser in one request."""
-        scheduler = self.rig.scheduler = self.schedulers[request.scheduler]
+        scheduler: Any = self.schedulers[request.scheduler]
+        self.rig.scheduler = scheduler
         given = self.rig.spec.example(self.rig.spec.tiny, InputSize(height=4, width=4, text_tokens=2), request.prompt)
         scheduler.set_timesteps(request.steps)
         outputs: list[torch.Tensor] = []

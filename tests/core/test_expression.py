@@ -112,7 +112,9 @@ def test_long_and_deep_texts_are_refused(text: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("threshold", ["nan", "-1", "1e999", "-0.001", "'0.1'", "True", "None", "(0.1,)", "{}", "1j", "b'1'"])
+@pytest.mark.parametrize(
+    "threshold", ["nan", "-1", "1e999", "-0.001", "'0.1'", "True", "None", "(0.1,)", "{}", "1j", "b'1'"]
+)
 def test_wrong_types_and_absurd_values(threshold: str) -> None:
     with pytest.raises((InvalidSetting, RecipeSyntaxError), match="column"):
         parse(f"FirstBlockCache(threshold={threshold})")

@@ -165,7 +165,7 @@ def test_describe_says_what_was_changed_where_and_what_it_did() -> None:
 def test_the_log_of_one_technique() -> None:
     rig = make("flux")
     with rig.accelerated(CACHE, MATH) as session:
-        assert [change.where for change in session.log(MATH)][0].startswith("transformer.")
+        assert next(change.where for change in session.log(MATH)).startswith("transformer.")
         assert {change.what for change in session.log(MATH)} == {"attention is computed by the math kernel"}
         assert session.log(COMPILE) == ()
         assert session.recipe.techniques == (MATH, CACHE)

@@ -51,9 +51,7 @@ def test_small_images_are_enlarged_so_that_small_errors_count() -> None:
     noisy = (image + noise).clamp(0, 1)
     native = load_lpips()(image, noisy).item()
     assert lpips_distance(image, noisy).item() > 2 * native
-    assert lpips_distance(image, noisy).item() == pytest.approx(
-        load_lpips()(enlarge(image), enlarge(noisy)).item()
-    )
+    assert lpips_distance(image, noisy).item() == pytest.approx(load_lpips()(enlarge(image), enlarge(noisy)).item())
 
 
 @pytest.mark.parametrize(

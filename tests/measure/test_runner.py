@@ -52,7 +52,11 @@ def test_the_same_seed_gives_the_same_picture(dit: LoadedModel) -> None:
 
 def test_phases_and_memory_are_measured() -> None:
     model = load("emoji-sd")
-    target, watch, memory = Target.of(model.pipeline), Stopwatch(Target.of(model.pipeline)), PeakMemory(torch.device("cpu"))
+    target, watch, memory = (
+        Target.of(model.pipeline),
+        Stopwatch(Target.of(model.pipeline)),
+        PeakMemory(torch.device("cpu")),
+    )
     with watch.running(), memory.watching():
         compare_module.run_recipe(model.pipeline, Run(Recipe(), workload(model)))
         held = torch.ones(40_000_000)
@@ -141,7 +145,9 @@ def test_every_bundled_model_has_a_ladder_that_applies(name: str) -> None:
 
 
 def test_names_that_shorten_alike_keep_their_pictures_apart(dit: LoadedModel, tmp_path: Any) -> None:
-    result = compare(dit.pipeline, ["FORA(interval=2)", "FORA(interval= 2)"], workload(dit), out=tmp_path, fewer_steps=False)
+    result = compare(
+        dit.pipeline, ["FORA(interval=2)", "FORA(interval= 2)"], workload(dit), out=tmp_path, fewer_steps=False
+    )
     assert len({path for row in result.rows for path in row.images}) == 3
 
 

@@ -135,8 +135,12 @@ class Hub(SimpleHTTPRequestHandler):
         files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
         names = {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
         if "/tree/" in self.path:
-            return json.dumps([{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in names.items()]).encode()
-        return json.dumps({"id": "owner/tiny", "sha": self.commit, "siblings": [{"rfilename": n} for n in names]}).encode()
+            return json.dumps(
+                [{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in names.items()]
+            ).encode()
+        return json.dumps(
+            {"id": "owner/tiny", "sha": self.commit, "siblings": [{"rfilename": n} for n in names]}
+        ).encode()
 
     def send(self, data: bytes, kind: str, body: bool) -> None:
         self.send_response(200)
@@ -147,7 +151,7 @@ class Hub(SimpleHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def log_message(self, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """Stay silent."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,21 @@ def as_bytes(pixels: Tensor) -> Tensor:
     return (pixels * 255).round().byte().permute(0, 2, 3, 1)
 
 
+def autoencoded(pixels: Tensor) -> Tensor:
+    """Encoded and decoded by the autoencoder that all bundled models share: the best a sample can look."""
+    decoded = autoencoder()(pixels * 2 - 1).sample
+    return as_bytes((decoded / 2 + 0.5).clamp(0, 1))
+
+
+@cache
+def autoencoder() -> Any:
+    """The autoencoder of the bundled models, in single precision."""
+    import diffusers
+
+    folder = Path(__file__).resolve().parents[2] / "src" / "hasten" / "models" / "emoji-flux" / "vae"
+    return diffusers.AutoencoderKL.from_pretrained(folder).float().eval()
+
+
 def damaged(images: Tensor) -> dict[str, Tensor]:
     """Real images as a mediocre model might draw them."""
     generator = torch.Generator().manual_seed(1)
@@ -30,6 +47,7 @@ def damaged(images: Tensor) -> dict[str, Tensor]:
         return as_bytes((pixels + torch.randn(pixels.shape, generator=generator) * level / 255).clamp(0, 1))
 
     return {
+        "through the autoencoder": over_batches(images, autoencoded),
         "softened": over_batches(images, lambda x: as_bytes(soften(x, generator))),
         "blur 2 px": over_batches(images, lambda x: as_bytes(blur(x, 2.0))),
         "noise sd 3/255": over_batches(images, lambda x: noisy(x, 3)),
@@ -84,7 +102,7 @@ def real_scores(judge: Judge) -> dict[str, dict[str, float]]:
     return {split: scores_of(judge, judge.features[rows], look[rows], rows) for split, rows in places.items()}
 
 
-def validate(judge: Judge, count: int = 1024) -> dict[str, Any]:
+def validate(judge: Judge, count: int = 512) -> dict[str, Any]:
     """Everything above; `count` images are damaged."""
     every = torch.arange(len(judge.targets))
     floor = judge.kid_against(judge.features, every, every, KID_SUBSET)

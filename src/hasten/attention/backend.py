@@ -30,7 +30,9 @@ class AttentionBackend(Technique):
     """
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
-    paper: ClassVar[str] = "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
+    paper: ClassVar[str] = (
+        "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
+    )
 
     name: Literal["math", "flash", "efficient", "cudnn"] = field(
         default="flash", metadata=about("the kernel: math, flash, efficient or cudnn", trial="math")

@@ -25,10 +25,10 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """
     target = Path(path)
     ensure_folder(target.parent)
-    if target.is_dir():
-        raise HastenError(f"Cannot write the file {target}: a folder of that name is there.")
     temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
     try:
+        if target.is_dir():
+            raise HastenError(f"Cannot write the file {target}: a folder of that name is there.")
         _write_through(temporary, data)
         temporary.replace(target)
     except OSError as error:

@@ -100,7 +100,7 @@ def _quoted(text: str) -> str:
 
 def _from_table(table: object, source: str) -> Technique:
     if not isinstance(table, dict) or not isinstance(cast("dict[str, Any]", table).get("use"), str):
-        raise HastenError(f"{source}: each [[techniques]] table needs a technique, such as use = \"CompileBlocks\".")
+        raise HastenError(f'{source}: each [[techniques]] table needs a technique, such as use = "CompileBlocks".')
     values = dict(cast(Mapping[str, Any], table))
     return technique(values.pop("use")).build(values)
 

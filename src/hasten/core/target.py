@@ -48,9 +48,7 @@ class Target:
             return cls(None, (Denoiser("denoiser", subject, spec_of(subject)),), base_class(subject).__name__)
         components = getattr(subject, "components", None)
         if not isinstance(components, dict):
-            raise HastenError(
-                f"hasten accelerates a diffusers pipeline or a denoiser, not {type(subject).__name__}."
-            )
+            raise HastenError(f"hasten accelerates a diffusers pipeline or a denoiser, not {type(subject).__name__}.")
         found = cast("dict[str, Any]", components)
         denoisers = tuple(
             Denoiser(name, module, spec_of(module))

@@ -16,9 +16,7 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
     height, width = size.height // 2, size.width // 2  # 2 x 2 latent pixels are packed into one token
     given = {
         "hidden_states": normal(generator, size.batch, height * width, config["in_channels"]),
-        "encoder_hidden_states": normal(
-            generator, size.batch, size.text_tokens, config["joint_attention_dim"]
-        ),
+        "encoder_hidden_states": normal(generator, size.batch, size.text_tokens, config["joint_attention_dim"]),
         "pooled_projections": normal(generator, size.batch, config["pooled_projection_dim"]),
         "timestep": torch.full((size.batch,), 0.5),
         "img_ids": grid_ids(height, width),

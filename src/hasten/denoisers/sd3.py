@@ -15,9 +15,7 @@ __all__ = ["SD3"]
 def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
     return {
         "hidden_states": normal(generator, size.batch, config["in_channels"], size.height, size.width),
-        "encoder_hidden_states": normal(
-            generator, size.batch, size.text_tokens, config["joint_attention_dim"]
-        ),
+        "encoder_hidden_states": normal(generator, size.batch, size.text_tokens, config["joint_attention_dim"]),
         "pooled_projections": normal(generator, size.batch, config["pooled_projection_dim"]),
         "timestep": torch.full((size.batch,), 500.0),
     }
@@ -90,9 +88,7 @@ SD3 = DenoiserSpec(
         "norm_out.linear",
     ),
     released={
-        "stable-diffusion-3-medium": _released(
-            "stable-diffusion-3-medium-diffusers", layers=24, max_size=192
-        ),
+        "stable-diffusion-3-medium": _released("stable-diffusion-3-medium-diffusers", layers=24, max_size=192),
         "stable-diffusion-3.5-medium": _released(
             "stable-diffusion-3.5-medium", layers=24, max_size=384, qk_norm="rms_norm", dual=13, steps=40
         ),

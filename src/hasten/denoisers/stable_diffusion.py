@@ -27,9 +27,7 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
     return {
         "sample": normal(generator, size.batch, config["in_channels"], size.height, size.width),
         "timestep": torch.tensor(500),
-        "encoder_hidden_states": normal(
-            generator, size.batch, size.text_tokens, config["cross_attention_dim"]
-        ),
+        "encoder_hidden_states": normal(generator, size.batch, size.text_tokens, config["cross_attention_dim"]),
     }
 
 

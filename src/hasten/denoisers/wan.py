@@ -14,9 +14,7 @@ __all__ = ["WAN"]
 
 def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
     return {
-        "hidden_states": normal(
-            generator, size.batch, config["in_channels"], size.frames, size.height, size.width
-        ),
+        "hidden_states": normal(generator, size.batch, config["in_channels"], size.frames, size.height, size.width),
         "timestep": torch.full((size.batch,), 500),
         "encoder_hidden_states": normal(generator, size.batch, size.text_tokens, config["text_dim"]),
     }

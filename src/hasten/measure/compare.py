@@ -229,4 +229,3 @@ def _comparison(job: _Job) -> Comparison:
         incomplete=job.interrupted,
         warnings=tuple(job.warnings),
     )
-

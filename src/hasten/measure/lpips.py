@@ -47,8 +47,7 @@ class Lpips(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
-            nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.padding)
-            for layer in _ALEXNET
+            nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.padding) for layer in _ALEXNET
         )
         self.heads = nn.ParameterList(torch.zeros(layer.outputs) for layer in _ALEXNET)
         self.register_buffer("shift", torch.tensor(_SHIFT).view(3, 1, 1), persistent=False)

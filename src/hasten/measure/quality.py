@@ -143,9 +143,7 @@ def _batches(shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
         yield from (indices[start : start + step] for start in range(0, len(indices), step))
 
 
-def _checked_pairs(
-    images: Sequence[ImageLike], references: Sequence[ImageLike]
-) -> list[tuple[Tensor, Tensor]]:
+def _checked_pairs(images: Sequence[ImageLike], references: Sequence[ImageLike]) -> list[tuple[Tensor, Tensor]]:
     if not images or not references:
         raise HastenError("fidelity needs at least one image and its reference, got an empty list")
     if len(images) != len(references):
@@ -180,9 +178,7 @@ def _checked_range(pixels: Tensor, name: str) -> Tensor:
         raise BrokenOutput(f"{name} has {bad} values of {pixels.numel()} that are NaN or infinite")
     low, high = pixels.min().item(), pixels.max().item()
     if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
-        raise HastenError(
-            f"{name} has values from {low:.3g} to {high:.3g}; floating-point images are in [0, 1]"
-        )
+        raise HastenError(f"{name} has values from {low:.3g} to {high:.3g}; floating-point images are in [0, 1]")
     return pixels.clamp(0, 1)
 
 
