@@ -20,11 +20,11 @@ from hasten.cache import FirstBlockCache
 from hasten.compilation import CompileBlocks
 from hasten.core.registry import specs
 from hasten.core.session import Session
-from tests.contract.rigs import Rig, fingerprint, make
+from tests.contract.rigs import Rig, make
 from tests.core.stand_ins import sized_flux
 
-STEPS = 5
-CACHE = FirstBlockCache(threshold=0.75)
+STEPS = 4
+CACHE = FirstBlockCache(threshold=0.5)
 SOME_BREAKS = CompileBlocks(backend="eager", fullgraph=False)
 NO_BREAKS = CompileBlocks(backend="eager")
 
@@ -79,7 +79,7 @@ def decisions(session: Session) -> tuple[bool, ...]:
 @functools.cache
 def expected() -> tuple[torch.Tensor, tuple[bool, ...]]:
     """Output and decisions of the cache on a model with the LoRA, and nothing else."""
-    rig = sized_flux(2, 2)
+    rig = sized_flux(1, 2)
     add_lora(rig)
     with rig.accelerated(CACHE) as session:
         return denoise(rig), decisions(session)
@@ -121,55 +121,58 @@ def check_and_revert(rig: Rig, installed: dict[str, Any], plain: torch.Tensor, *
         assert decisions(installed["cache"]) == expected()[1]
     for name in ("cache", "compile"):
         installed[name].close()
+    assert not traces(rig)
     remove_offload(rig)
     rig.denoiser.delete_adapters("style")  # pyright: ignore
     assert torch.equal(denoise(rig), plain)
 
 
+def traces(rig: Rig) -> list[str]:
+    """What hasten left on any module or on the scheduler."""
+    objects: list[object] = [*rig.denoiser.modules(), rig.scheduler]
+    names = [name for obj in objects for name in (*vars(obj), *vars(type(obj)))]
+    compiled = [module for module in rig.denoiser.modules() if module._compiled_call_impl is not None]
+    return [name for name in names if "hasten" in name] + [type(module).__name__ for module in compiled]
+
+
 def test_the_cache_both_computes_and_reuses() -> None:
-    steps = expected()[1]
-    assert steps[0]
-    assert 0 < sum(steps[1:]) < len(steps) - 1, steps
+    assert expected()[1] == (True, False, True, False)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_any_order_of_installing_four_things(order: tuple[str, ...], residency: Residency) -> None:
     """Compiled blocks run eagerly here, so that all orders are tried; tracing is tried below."""
-    rig = sized_flux(2, 2)
-    before, plain = fingerprint(rig), denoise(rig)
+    rig = sized_flux(1, 2)
+    plain = denoise(rig)
     with torch.compiler.set_stance("force_eager"):
         installed = {name: INSTALL[name](rig) for name in order}
         check_and_revert(rig, installed, plain, book=residency)
     assert residency.moves
-    assert fingerprint(rig)[1:] == before[1:]
 
 
-@pytest.mark.parametrize("turn", range(4))
-def test_four_things_really_compiled(turn: int) -> None:
+def test_four_things_really_compiled() -> None:
     torch._dynamo.reset()
-    order = [*INSTALL, *INSTALL][turn : turn + 4]
-    rig = sized_flux(2, 2)
+    rig = sized_flux(1, 2)
     plain = denoise(rig)
-    installed = {name: INSTALL[name](rig) for name in order}
+    installed = {name: INSTALL[name](rig) for name in ("offload", "lora", "compile", "cache")}
     check_and_revert(rig, installed, plain)
     assert installed["compile"].evidence()
 
 
-@pytest.mark.parametrize("order", itertools.permutations(("cache", "compile", "lora")), ids="-".join)
-def test_any_order_of_three_things_compiled_without_a_break(order: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("order", ["compile cache lora", "lora cache compile"])
+def test_three_things_compiled_without_a_break(order: str) -> None:
     torch._dynamo.reset()
-    rig = sized_flux(2, 2)
-    before, plain = fingerprint(rig), denoise(rig)
+    rig = sized_flux(1, 2)
+    plain = denoise(rig)
     install = INSTALL | {"compile": lambda rig: rig.accelerated(NO_BREAKS)}
-    installed = {name: install[name](rig) for name in order}
+    installed = {name: install[name](rig) for name in order.split()}
     check_and_revert(rig, installed, plain)
-    assert fingerprint(rig)[1:] == before[1:]
 
 
 @pytest.mark.parametrize("action", ["disable_adapters", "delete_adapters"])
 @pytest.mark.parametrize("added", ["before", "inside"])
 def test_a_lora_may_come_and_go_around_and_inside_a_session(action: str, added: str) -> None:
-    rig, off = sized_flux(2, 2), FirstBlockCache(threshold=0.0)
+    rig, off = sized_flux(1, 2), FirstBlockCache(threshold=0.0)
     model: Any = rig.denoiser
     plain = denoise(rig)
     add_lora(rig)

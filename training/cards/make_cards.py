@@ -43,7 +43,7 @@ def verdict(value: float, aim: float) -> str:
 def kid_row(label: str, split: dict[str, Any]) -> list[str]:
     """Distance of the samples, and of the real images among themselves."""
     drawn, floor = split["kid"]["samples"], split["kid"]["floor"]
-    cells = [f"{one['mean']:.0f} ± {one['spread']:.0f}" for one in (drawn, floor)]
+    cells = [f"{round(one['mean'])} ± {round(one['spread'])}" for one in (drawn, floor)]
     return [f"KID, {label} (lower is better)", *cells, f"groups of {drawn['subset']}"]
 
 
@@ -59,33 +59,33 @@ def alignment_rows(label: str, split: dict[str, Any], aim: float, names: int) ->
     ]
 
 
-def style_rows(scores: dict[str, Any]) -> list[list[str]]:
+def style_rows(label: str, split: dict[str, Any]) -> list[list[str]]:
     """The style classifier and the nearest drawing, where a style can be asked for."""
-    if "style" not in scores:
+    if "style" not in split:
         return []
-    style = scores["style"]
+    style = split["style"]
     chance = f"chance {percent(style['nearest_drawing_chance'])}"
     return [
         [
-            "right style (classifier)",
+            f"right style (classifier), {label}",
             percent(style["samples"]),
             percent(style["real"]),
             verdict(style["samples"], STYLE_AIM),
         ],
-        ["nearest drawing of the concept has the right style", percent(style["nearest_drawing"]), "-", chance],
+        [f"nearest drawing has the right style, {label}", percent(style["nearest_drawing"]), "-", chance],
     ]
 
 
 def score_table(scores: dict[str, Any], names: int) -> str:
     """All scores of one model."""
-    overall = scores.get("all", scores["seen"])
-    rows = alignment_rows("seen", scores["seen"], SEEN_AIM, names)
-    if "held_out" in scores:
-        rows += alignment_rows("held out", scores["held_out"], HELD_OUT_AIM, names)
-    rows += style_rows(overall)
-    rows.append(kid_row("all", overall))
-    if "held_out" in scores:
-        rows.append(kid_row("held out", scores["held_out"]))
+    splits = [("seen", "seen", SEEN_AIM), ("held_out", "held out", HELD_OUT_AIM)]
+    splits = [one for one in splits if one[0] in scores]
+    rows: list[list[str]] = []
+    for key, label, aim in splits:
+        rows += alignment_rows(label, scores[key], aim, names)
+    for key, label, _ in splits:
+        rows += style_rows(label, scores[key])
+    rows += [kid_row(label, scores[key]) for key, label, _ in splits]
     return table(["", "samples", "real images", ""], rows)
 
 
@@ -139,12 +139,23 @@ def usage(name: str, folder: Path) -> str:
     """A snippet with the default workload."""
     work = read_json(folder / "workload.json")
     options = f"num_inference_steps={work['steps']}, guidance_scale={work['guidance']}"
-    call = f'pipe("{work["prompts"][0]}", width={work["width"]}, height={work["height"]}, {options})'
     if work["max_sequence_length"]:
-        call = call[:-1] + f", max_sequence_length={work['max_sequence_length']})"
+        options += f", max_sequence_length={work['max_sequence_length']}"
+    size = f"width={work['width']}, height={work['height']}"
+    call = f'pipe(\n    "{work["prompts"][0]}", {size}, {options}\n)'
     if name == "emoji-dit":
         call = f'pipe(pipe.get_label_ids(["{work["prompts"][0]}"]), {options})'
-    return f"```python\nimport hasten\n\npipe = hasten.load({name!r}).pipeline\nimage = {call}.images[0]\n```"
+    load = f'pipe = hasten.load("{name}").pipeline'
+    return f"```python\nimport hasten\n\n{load}\nimage = {call}.images[0]\n```"
+
+
+def trained_on(name: str, folder: Path, found: dict[str, Any]) -> str:
+    """Which part of the data trained this model."""
+    if name != "emoji-dit":
+        return "all of them trained this model"
+    classes = len(read_json(folder / "model_index.json")["id2label"])
+    styles = ", ".join(found["models"][name]["styles"])
+    return f"those of {classes} concepts in three styles mixed ({styles}) trained this model"
 
 
 def training_section(name: str) -> str:
@@ -152,7 +163,7 @@ def training_section(name: str) -> str:
     rows = [[run.name, f"{run.steps:,}", f"{run.minutes:.1f}", f"{run.loss:.3f}"] for run in runs(name)]
     total = sum(run.minutes for run in runs(name))
     return (
-        table(["run", "steps", "minutes", "last loss"], rows)
+        table(["run", "logged steps", "minutes", "last loss"], rows)
         + f"\n\nTogether {total:.0f} minutes of one H200, part of them shared with the other models' runs; the"
         " autoencoder is the same for all three. Scripts, logs and how to repeat it: `training/README.md`."
     )
@@ -181,10 +192,12 @@ def card(name: str, found: dict[str, Any]) -> str:
         training=training_section(name),
         data=data,
         count=scores["count"],
-        styles=", ".join(scores["styles"]),
+        trained=data["images"] - data["held_out"],
+        trained_on=trained_on(name, folder, found),
         drawn_names=scores["names"],
         scores=score_table(scores, data["names"]),
         style_sentence=style_sentence(scores),
+        explained=(TRAINING / "cards" / "with_styles.md").read_text() if "held_out" in scores else "",
         scale=scale(found["validation"]),
         failures=failures(scores),
         notes=(NOTES / f"{name}.md").read_text().strip(),

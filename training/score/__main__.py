@@ -1,4 +1,4 @@
-"""Score samples of the bundled models: run inside `training/`.
+"""Score samples of the bundled models; run inside `training/`, with score/requirements.txt installed.
 
     python -m score DATA --samples FOLDER --out score/results.json [--cache .cache/score]
 

@@ -23,6 +23,9 @@ from hasten.cli.common import (
 )
 from hasten.models import DEFAULT
 
+DEFAULT_PROMPTS = 4
+"""How many of the model's own prompts are used when none is given."""
+
 
 @reports_errors
 def compare(
@@ -57,7 +60,12 @@ def compare(
     quiet()
     loaded = load(model, device=device, dtype=dtype)
     workload = adjusted(
-        loaded.workload, prompts=given, seeds=tuple(range(seeds)), steps=steps, size=size, guidance=guidance
+        loaded.workload,
+        prompts=given or loaded.workload.prompts[:DEFAULT_PROMPTS],
+        seeds=tuple(range(seeds)),
+        steps=steps,
+        size=size,
+        guidance=guidance,
     )
     recipes = wanted or default_recipes(loaded)
     with OnTerminal(out) as progress:

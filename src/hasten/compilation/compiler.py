@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -90,15 +91,14 @@ def missing_tools(backend: str, device: torch.device) -> Iterator[str]:
     """Say what the back-end lacks on this machine."""
     if backend != "inductor":
         return
-    if device.type == "cpu" and not cpp_compiler():
-        yield "compiling for the CPU needs a C++ compiler and none was found; install g++ or set CXX."
+    if device.type == "cpu" and not shutil.which(cpp_compiler()):
+        name = repr(cpp_compiler())
+        yield f"compiling for the CPU needs a C++ compiler and {name} was not found; install g++ or set CXX to one."
     if device.type == "cuda" and not (shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")):
         yield "compiling for a GPU needs a C compiler for Triton's launcher and none was found; install gcc."
 
 
-def cpp_compiler() -> str | None:
-    """The C++ compiler that inductor would use, or None."""
-    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
-        if found := shutil.which(name):
-            return found
-    return None
+def cpp_compiler() -> str:
+    """The program that inductor calls: what CXX names, and no other when that one is not there."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return os.environ.get("CXX", usual)

@@ -179,7 +179,16 @@ def _matched_steps(job: _Job) -> list[int]:
         for row in lossy
         if row.seconds_per_image and row.speedup and row.speedup > 1.1
     }
-    return sorted((steps for steps in found if steps < job.workload.steps), reverse=True)
+    return _apart([steps for steps in sorted(found, reverse=True) if steps < job.workload.steps])
+
+
+def _apart(counts: list[int]) -> list[int]:
+    """Leave out step counts that are within a fifth of the one before: their rows would say the same."""
+    kept: list[int] = []
+    for count in counts:
+        if not kept or count <= 0.8 * kept[-1]:
+            kept.append(count)
+    return kept
 
 
 def _save(job: _Job, name: str, run: Run) -> tuple[str, ...]:
