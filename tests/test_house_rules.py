@@ -32,8 +32,8 @@ def layer(part: str) -> int:
 
 def imported(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hasten."):
-            yield node.module
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("hasten."):
+            yield node.module or ""
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("hasten."))
 
@@ -45,6 +45,19 @@ def test_imports_point_one_way(file: Path) -> None:
         other = part_of(module)
         assert layer(other) <= layer(own), f"{own} imports {module}"
         assert own == other or own not in FAMILIES or other not in FAMILIES, f"{own} imports {module}"
+
+
+def test_models_need_the_core_alone() -> None:
+    files = [file for file in SOURCES if file.parent.name == "models"]
+    assert {part_of(module) for file in files for module in imported(file)} == {"core"}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT / "src").as_posix())
+def test_every_public_module_says_what_it_is_for(file: Path) -> None:
+    text = file.read_text("utf-8")
+    assert (
+        ast.get_docstring(ast.parse(text)) or not text.strip() or file.name.startswith("_") and file.stem != "__init__"
+    )
 
 
 def functions() -> list[tuple[int, str]]:
@@ -86,7 +99,7 @@ def test_the_repository_names_no_machine() -> None:
         "\n"
     )
     texts = [ROOT / name for name in listed if name.endswith((".py", ".md", ".toml", ".txt", ".sh", ".json"))]
-    pattern = re.compile(r"(?<![\w.])/(?:work|root)/\w+")
+    pattern = re.compile(r"(?<![\w.])(?:/work/|/root/|/home/(?!me\b))\w+")
     found = {
         file.name: match[0] for file in texts if file.exists() and (match := pattern.search(file.read_text("utf-8")))
     }

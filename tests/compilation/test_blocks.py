@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import Unsupported
 
 from hasten.cache import FirstBlockCache
 from hasten.compilation import CompileBlocks
@@ -15,6 +17,7 @@ from hasten.compilation.compiler import CompileCounter, cpp_compiler
 from hasten.core.errors import NotEngaged, Refused
 from hasten.core.registry import specs
 from hasten.core.session import accelerate
+from hasten.core.spec import InputSize
 from hasten.core.target import Target
 from tests.contract.rigs import Rig, make, plain_output
 
@@ -32,16 +35,18 @@ def dit(layers: int) -> Rig:
 
 
 @pytest.mark.skipif(shutil.which(cpp_compiler()) is None, reason="inductor needs a C++ compiler on the CPU")
-def test_inductor_really_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    rig = dit(2)
+def test_inductor_really_compiles() -> None:
+    rig, technique = dit(1), CompileBlocks()
     plain = rig.run()
-    with rig.accelerated(CompileBlocks()) as session:
-        torch.testing.assert_close(rig.run(), plain, atol=1e-4, rtol=1e-3)
-        counter = session.state(session.plan.techniques[0], CompileCounter)
-        assert (counter.graphs, counter.calls) == (1, 8)
+    before = Counter(torch._dynamo.utils.counters["inductor"])
+    with rig.accelerated(technique) as session:
+        output = rig.run()
+        counter = session.state(technique, CompileCounter)
+        assert (counter.graphs, counter.calls) == (1, 4)
+        assert counter.seconds > 0.01
         assert "1 graphs compiled in" in session.describe()
-    assert list(tmp_path.rglob("*.so")), "nothing was compiled"
+    assert Counter(torch._dynamo.utils.counters["inductor"]) - before, "inductor took no part"
+    torch.testing.assert_close(output, plain, atol=1e-4, rtol=1e-3)
     assert torch.equal(rig.run(), plain)
 
 
@@ -53,7 +58,8 @@ def test_the_number_of_graphs_does_not_depend_on_the_number_of_blocks() -> None:
             rig.run(steps=2)
             graphs.append(session.state(EAGER, CompileCounter).graphs)
             assert session.state(EAGER, CompileCounter).calls == 2 * layers
-    assert graphs == [1, 1]
+    # Two: what enters the first block is laid out differently from what the others hand on.
+    assert graphs == [2, 2]
 
 
 def test_many_sessions_in_one_process() -> None:
@@ -71,7 +77,7 @@ def test_two_sessions_one_after_the_other_on_one_pipeline() -> None:
     for _ in range(2):
         with rig.accelerated(EAGER) as session:
             output = rig.run()
-            assert session.state(EAGER, CompileCounter).graphs == 1
+            assert session.state(EAGER, CompileCounter).graphs == 2
         torch.testing.assert_close(output, plain_output("dit"), atol=1e-5, rtol=1e-5)
         assert torch.equal(rig.run(), plain_output("dit"))
 
@@ -90,19 +96,15 @@ def test_a_compilation_of_the_users_own_comes_back() -> None:
     assert theirs.calls == 2
 
 
-def test_other_sizes_and_batches_are_compiled_once_more_at_most() -> None:
-    from hasten.core.spec import InputSize
-
-    rig = make("dit")
+def test_other_batches_are_compiled_once_more_at_most() -> None:
+    rig = dit(1)
     with torch.no_grad(), rig.accelerated(EAGER) as session:
         for batch in (1, 2, 3, 4, 5):
             rig.denoiser(**rig.spec.example(rig.spec.tiny, InputSize(batch=batch)))
-        assert session.state(EAGER, CompileCounter).graphs <= 3
+        assert session.state(EAGER, CompileCounter).graphs == 2
 
 
 def test_never_dynamic_compiles_each_size() -> None:
-    from hasten.core.spec import InputSize
-
     static = CompileBlocks(backend="eager", dynamic=False)
     rig = dit(1)
     with torch.no_grad(), rig.accelerated(static) as session:
@@ -125,7 +127,7 @@ def test_a_block_that_cannot_be_captured_whole() -> None:
     feed_forward: Any = block.get_submodule("ff")
     feed_forward.net.append(Breaking())
     plain = rig.run(steps=1)
-    with rig.accelerated(EAGER), pytest.raises(torch._dynamo.exc.Unsupported):
+    with rig.accelerated(EAGER), pytest.raises(Unsupported):
         rig.run(steps=1)
     split = CompileBlocks(backend="eager", fullgraph=False)
     with rig.accelerated(split) as session:
@@ -154,4 +156,4 @@ def test_blocks_that_a_cache_leaves_out_are_not_called() -> None:
     with rig.accelerated(EAGER, cache) as session:
         rig.run(steps=4)
         assert session.state(EAGER, CompileCounter).calls == 3 + 3 * 1
-        assert session.state(EAGER, CompileCounter).graphs == 1
+        assert session.state(EAGER, CompileCounter).graphs == 2

@@ -80,7 +80,9 @@ def test_strides_that_are_neither_come_back_as_well() -> None:
 
 def test_a_model_that_is_nhwc_already_stays_so() -> None:
     rig = make("stable_diffusion")
-    before = rig.denoiser.to(memory_format=LAYOUT) and layout(rig.denoiser, rig.vae)
+    unet: Any = rig.denoiser
+    unet.to(memory_format=LAYOUT)
+    before = layout(rig.denoiser, rig.vae)
     with rig.accelerated(NHWC) as session:
         rig.run()
         assert session.evidence()

@@ -272,7 +272,15 @@ def test_controlnet_may_start_and_end_within_a_request(first: bool) -> None:
 def test_residuals_given_by_position_are_noticed() -> None:
     rig, control = make("flux"), controls("flux", 0)
     given = rig.spec.example(rig.spec.tiny) | control
-    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
+    names = [
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "img_ids",
+        "txt_ids",
+        "guidance",
+    ]
     args = [*(given[name] for name in names), None, *control.values()]
     with two_steps(rig) as call, rig.accelerated(ALWAYS):
         rig.scheduler.set_timesteps(8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, cast, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import pytest
 

@@ -30,8 +30,7 @@ def test_all_three_are_there() -> None:
 
 def test_they_are_small() -> None:
     files = [file for folder in bundled().values() for file in folder.rglob("*") if file.is_file()]
-    weights = [file for file in files if file.suffix in (".safetensors", ".json", ".txt")]
-    assert sum(file.stat().st_size for file in weights) <= 22 * MEGABYTE
+    assert sum(file.stat().st_size for file in files) <= 22 * MEGABYTE
     assert max(file.stat().st_size for file in files) <= 16 * 2**20
 
 
