@@ -56,7 +56,9 @@ def test_models_need_the_core_alone() -> None:
 def test_every_public_module_says_what_it_is_for(file: Path) -> None:
     text = file.read_text("utf-8")
     assert (
-        ast.get_docstring(ast.parse(text)) or not text.strip() or file.name.startswith("_") and file.stem != "__init__"
+        ast.get_docstring(ast.parse(text))
+        or not text.strip()
+        or (file.name.startswith("_") and file.stem != "__init__")
     )
 
 

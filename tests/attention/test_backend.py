@@ -158,7 +158,7 @@ def test_an_unknown_architecture_is_refused() -> None:
     assert sentence == "hasten does not know the attention modules of Linear."
 
 
-@pytest.mark.parametrize(("architecture", "backend"), [("dit", "eager"), ("dit", "aot_eager"), ("z_image", "eager")])
+@pytest.mark.parametrize(("architecture", "backend"), [("dit", "eager"), ("wan", "aot_eager")])
 def test_compiled_blocks_reach_the_kernel_and_are_counted(architecture: str, backend: str) -> None:
     torch._dynamo.reset()
     rig, technique, compiled = make(architecture), AttentionBackend(name="math"), CompileBlocks(backend=backend)

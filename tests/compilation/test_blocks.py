@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from typing import Any
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from hasten.compilation.compiler import CompileCounter, cpp_compiler
 from hasten.core.errors import NotEngaged, Refused
 from hasten.core.registry import specs
 from hasten.core.session import accelerate
-from hasten.core.spec import InputSize
 from hasten.core.target import Target
 from tests.contract.rigs import Rig, make, plain_output
 
@@ -25,8 +24,39 @@ EAGER = CompileBlocks(backend="eager")
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> None:
+def fresh() -> Generator[None]:
     torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+class Block(nn.Module):
+    """A small block; with `breaks`, one that no single graph can hold."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.linear, self.breaks = nn.Linear(4, 4), breaks
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        result = torch.relu(self.linear(value))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return result + value
+
+
+class Network(nn.Module):
+    """A denoiser of an unknown architecture that names its repeated blocks, as diffusers' models do."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self, blocks: int = 2, breaks: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(breaks) for _ in range(blocks))
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            sample = block(sample)
+        return sample
 
 
 def dit(layers: int) -> Rig:
@@ -62,16 +92,6 @@ def test_the_number_of_graphs_does_not_depend_on_the_number_of_blocks() -> None:
     assert graphs == [2, 2]
 
 
-def test_many_sessions_in_one_process() -> None:
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for _ in range(12):
-            rig = dit(1)
-            with rig.accelerated(EAGER) as session:
-                rig.run(steps=1)
-                assert session.state(EAGER, CompileCounter).graphs == 1
-                assert session.state(EAGER, CompileCounter).calls == 1
-
-
 def test_two_sessions_one_after_the_other_on_one_pipeline() -> None:
     rig = make("dit")
     for _ in range(2):
@@ -80,68 +100,6 @@ def test_two_sessions_one_after_the_other_on_one_pipeline() -> None:
             assert session.state(EAGER, CompileCounter).graphs == 2
         torch.testing.assert_close(output, plain_output("dit"), atol=1e-5, rtol=1e-5)
         assert torch.equal(rig.run(), plain_output("dit"))
-
-
-def test_a_compilation_of_the_users_own_comes_back() -> None:
-    rig, theirs = dit(1), CompileCounter()
-    block = rig.denoiser.get_submodule("transformer_blocks.0")
-    block.compile(backend=theirs.around("eager", {}))
-    mine = block._compiled_call_impl
-    rig.run(steps=1)
-    with rig.accelerated(EAGER) as session:
-        rig.run(steps=1)
-        assert session.state(EAGER, CompileCounter).calls == 1
-    assert block._compiled_call_impl is mine
-    rig.run(steps=1)
-    assert theirs.calls == 2
-
-
-def test_other_batches_are_compiled_once_more_at_most() -> None:
-    rig = dit(1)
-    with torch.no_grad(), rig.accelerated(EAGER) as session:
-        for batch in (1, 2, 3, 4, 5):
-            rig.denoiser(**rig.spec.example(rig.spec.tiny, InputSize(batch=batch)))
-        assert session.state(EAGER, CompileCounter).graphs == 2
-
-
-def test_never_dynamic_compiles_each_size() -> None:
-    static = CompileBlocks(backend="eager", dynamic=False)
-    rig = dit(1)
-    with torch.no_grad(), rig.accelerated(static) as session:
-        for batch in (2, 3, 4):
-            rig.denoiser(**rig.spec.example(rig.spec.tiny, InputSize(batch=batch)))
-        assert session.state(static, CompileCounter).graphs == 3
-
-
-class Breaking(nn.Module):
-    """Prints in the middle, which no graph can hold."""
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        torch._dynamo.graph_break()
-        return value + 1
-
-
-def test_a_block_that_cannot_be_captured_whole() -> None:
-    rig = dit(1)
-    block = rig.denoiser.get_submodule("transformer_blocks.0")
-    feed_forward: Any = block.get_submodule("ff")
-    feed_forward.net.append(Breaking())
-    plain = rig.run(steps=1)
-    with rig.accelerated(EAGER), pytest.raises(Unsupported):
-        rig.run(steps=1)
-    split = CompileBlocks(backend="eager", fullgraph=False)
-    with rig.accelerated(split) as session:
-        torch.testing.assert_close(rig.run(steps=1), plain, atol=1e-5, rtol=1e-5)
-        assert session.state(split, CompileCounter).graphs >= 2
-
-
-def test_before_a_run_it_is_not_engaged() -> None:
-    rig = dit(1)
-    with rig.accelerated(EAGER) as session:
-        with pytest.raises(NotEngaged, match="no compiled block was called"):
-            session.evidence()
-        rig.run(steps=1)
-        assert session.evidence()[EAGER].summary.startswith("1 graphs compiled in")
 
 
 def test_a_model_without_known_blocks_is_refused() -> None:
@@ -157,3 +115,58 @@ def test_blocks_that_a_cache_leaves_out_are_not_called() -> None:
         rig.run(steps=4)
         assert session.state(EAGER, CompileCounter).calls == 3 + 3 * 1
         assert session.state(EAGER, CompileCounter).graphs == 2
+
+
+def test_many_sessions_in_one_process() -> None:
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(12):
+            network, given = Network(), torch.ones(1, 4)
+            plain = network(given)
+            with accelerate(network, EAGER) as session:
+                assert torch.equal(network(given), plain)
+                counter = session.state(EAGER, CompileCounter)
+                assert (counter.graphs, counter.calls) == (1, 2)
+
+
+def test_a_compilation_of_the_users_own_comes_back() -> None:
+    network, theirs = Network(blocks=1), CompileCounter()
+    block = network.blocks[0]
+    block.compile(backend=theirs.around("eager", {}))
+    compiled_call = block._compiled_call_impl
+    network(torch.ones(1, 4))
+    with accelerate(network, EAGER) as session:
+        network(torch.ones(1, 4))
+        assert session.state(EAGER, CompileCounter).calls == 1
+    assert block._compiled_call_impl is compiled_call
+    network(torch.ones(1, 4))
+    assert theirs.calls == 2
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (False, 5), (True, 2)])
+def test_other_batches_are_compiled_as_the_setting_says(dynamic: bool | None, graphs: int) -> None:
+    network, technique = Network(), CompileBlocks(backend="eager", dynamic=dynamic)
+    with accelerate(network, technique) as session:
+        for batch in (1, 2, 3, 4, 5):
+            network(torch.ones(batch, 4))
+        assert session.state(technique, CompileCounter).graphs == graphs
+
+
+def test_a_block_that_cannot_be_captured_whole() -> None:
+    network, given = Network(breaks=True), torch.ones(1, 4)
+    plain = network(given)
+    with accelerate(network, EAGER), pytest.raises(Unsupported):
+        network(given)
+    split = CompileBlocks(backend="eager", fullgraph=False)
+    with accelerate(network, split) as session:
+        assert torch.equal(network(given), plain)
+        assert session.state(split, CompileCounter).graphs == 2
+    assert torch.equal(network(given), plain)
+
+
+def test_before_a_run_it_is_not_engaged() -> None:
+    network = Network()
+    with accelerate(network, EAGER) as session:
+        with pytest.raises(NotEngaged, match="no compiled block was called"):
+            session.evidence()
+        network(torch.ones(1, 4))
+        assert session.evidence()[EAGER].summary.startswith("1 graphs compiled in")

@@ -114,7 +114,7 @@ trees: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(trees)
 def test_json_text_is_json(data: Any) -> None:
     assert json.loads(json_text(data)) == data

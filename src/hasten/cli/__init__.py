@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-# Threads that spin while they wait make a busy machine ten times slower; PyTorch reads this when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import typer
 
 from hasten.cli import compare, generate, inspect, techniques
