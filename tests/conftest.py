@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _diffusers_attention_stays_as_it_was() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """Diffusers' `reset_attention_backend` leaves the last choice active for the whole process."""
+    name = "diffusers.models.attention_dispatch"
+    before = sys.modules[name]._AttentionBackendRegistry._active_backend if name in sys.modules else None
+    yield
+    if dispatch := sys.modules.get(name):
+        dispatch._AttentionBackendRegistry._active_backend = before or dispatch.AttentionBackendName.NATIVE

@@ -255,6 +255,13 @@ def test_a_model_of_one_block_is_refused() -> None:
     assert reason == "FluxTransformer2DModel has only 1 block, so nothing is left to reuse."
 
 
+def test_a_model_compiled_as_a_whole_is_refused() -> None:
+    runner = Runner()
+    runner.model.compile(backend="eager")
+    (reason,) = ALWAYS.problems(Target.of(runner.rig))
+    assert reason == "FluxTransformer2DModel is compiled as a whole; compile its blocks instead (CompileBlocks)."
+
+
 def test_evidence_counts_calls_and_maps_the_last_request() -> None:
     runner, technique = Runner(), FirstBlockCache(threshold=1e-9)
     with recorded(runner, technique) as (session, _):

@@ -117,3 +117,14 @@ def test_an_unknown_backend_names_the_known_ones() -> None:
     (reason,) = CompileBlocks(backend="inducter").problems(Target.of(make("dit")))
     assert reason.startswith("there is no torch.compile back-end 'inducter'; available: ")
     assert "inductor" in reason
+
+
+def test_an_installation_in_a_path_with_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__file__", "/my programs/torch/__init__.py")
+    assert "a path that contains a space" in " ".join(missing_tools("inductor", CPU))
+    assert not list(missing_tools("eager", CPU))
+
+
+@pytest.fixture(autouse=True)
+def installed_in_a_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__file__", "/usr/lib/torch/__init__.py")

@@ -17,7 +17,7 @@ from hasten.core.recipe import Recipe, as_recipe, read_recipe_file
 from tests.core.drawn import recipes
 
 CACHE, COMPILE = FirstBlockCache(threshold=0.1), CompileBlocks()
-thorough = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+thorough = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 @thorough

@@ -87,6 +87,15 @@ def test_a_pipeline_without_a_denoiser() -> None:
         Target.of(SimpleNamespace(components={"vae": nn.Linear(1, 1), "transformer": None}))
 
 
+def test_a_model_wrapped_by_torch_compile() -> None:
+    rig = make("flux")
+    wrapped: Any = torch.compile(rig.denoiser, backend="eager")
+    for subject, name in ((wrapped, "denoiser"), (SimpleNamespace(components={"transformer": wrapped}), "transformer")):
+        with pytest.raises(HastenError, match=rf"The {name} is wrapped by torch.compile.*add CompileBlocks\(\)"):
+            Target.of(subject)
+    assert Target.of(wrapped._orig_mod).architecture == "flux"
+
+
 def test_a_network_without_weights() -> None:
     with pytest.raises(HastenError, match="Identity has no weights"):
         accelerate(nn.Identity(), FirstBlockCache())

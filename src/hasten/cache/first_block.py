@@ -51,8 +51,11 @@ class FirstBlockCache(Technique):
         return ("stack.compute:*",)
 
     def problems(self, target: Target) -> Iterable[str]:
-        """Needs a chain of at least two blocks."""
-        return no_stack(target, at_least=2)
+        """Needs a chain of at least two blocks, and to decide between them, which a whole compiled model cannot."""
+        yield from no_stack(target, at_least=2)
+        for denoiser in target.denoisers:
+            if denoiser.module._compiled_call_impl is not None:
+                yield f"{denoiser.spec.model_class} is compiled as a whole; compile its blocks instead (CompileBlocks)."
 
     def apply(self, target: Target, patch: Patch) -> None:
         """Install the decision on every denoiser."""

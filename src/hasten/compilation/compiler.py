@@ -94,6 +94,8 @@ def missing_tools(backend: str, device: torch.device) -> Iterator[str]:
     if device.type == "cpu" and not shutil.which(cpp_compiler()):
         name = repr(cpp_compiler())
         yield f"compiling for the CPU needs a C++ compiler and {name} was not found; install g++ or set CXX to one."
+    if device.type == "cpu" and " " in torch.__file__:
+        yield "PyTorch, installed in a path that contains a space, cannot compile for the CPU; install it elsewhere."
     if device.type == "cuda" and not (shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")):
         yield "compiling for a GPU needs a C compiler for Triton's launcher and none was found; install gcc."
 

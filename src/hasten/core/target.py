@@ -45,13 +45,13 @@ class Target:
     def of(cls, subject: object) -> Target:
         """Describe a diffusers pipeline or a bare denoiser (`nn.Module`); anything else is an error."""
         if isinstance(subject, nn.Module):
-            return cls(None, (Denoiser("denoiser", subject, spec_of(subject)),), base_class(subject).__name__)
+            return cls(None, (_denoiser("denoiser", subject),), base_class(subject).__name__)
         components = getattr(subject, "components", None)
         if not isinstance(components, dict):
             raise HastenError(f"hasten accelerates a diffusers pipeline or a denoiser, not {type(subject).__name__}.")
         found = cast("dict[str, Any]", components)
         denoisers = tuple(
-            Denoiser(name, module, spec_of(module))
+            _denoiser(name, module)
             for name in ("transformer", "transformer_2", "unet", "prior")
             if isinstance(module := found.get(name), nn.Module)
         )
@@ -123,6 +123,15 @@ class Target:
             for path, child in module.named_modules():
                 found.setdefault(id(child), f"{name}.{path}" if path else name)
         return found
+
+
+def _denoiser(name: str, module: nn.Module) -> Denoiser:
+    if hasattr(module, "_orig_mod"):
+        raise HastenError(
+            f"The {name} is wrapped by torch.compile, which hides its blocks; use the model inside ({name}._orig_mod) "
+            f"and add CompileBlocks() to the recipe."
+        )
+    return Denoiser(name, module, spec_of(module))
 
 
 def spec_of(module: nn.Module) -> DenoiserSpec:

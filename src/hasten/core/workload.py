@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 from hasten.core.errors import InvalidSetting
 
@@ -25,13 +25,16 @@ class Workload:
     """Pictures per call of the pipeline."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", _several(self.prompts, str, "prompts must be a list of texts"))
+        object.__setattr__(self, "seeds", _several(self.seeds, int, "seeds must be a list of whole numbers"))
         for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise InvalidSetting(f"{name} must be at least 1, not {getattr(self, name)}.")
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 1:
+                raise InvalidSetting(f"{name} must be a whole number of at least 1, not {number!r}.")
         for name in ("width", "height"):
             size = getattr(self, name)
-            if size is not None and (size < 16 or size % 8):
-                raise InvalidSetting(f"{name} must be a multiple of 8 and at least 16 pixels, not {size}.")
+            if size is not None and (not isinstance(size, int) or size < 16 or size % 8):
+                raise InvalidSetting(f"{name} must be a multiple of 8 and at least 16 pixels, not {size!r}.")
         if not self.seeds:
             raise InvalidSetting("A workload needs at least one seed.")
 
@@ -43,3 +46,11 @@ class Workload:
     def replace(self, **changes: object) -> Self:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def _several(values: object, kind: type, problem: str) -> tuple[object, ...]:
+    # A single text is a sequence as well, of letters: it must not pass for a list of prompts.
+    items = cast("list[object]", values) if isinstance(values, list | tuple) else None
+    if items is None or not all(isinstance(item, kind) for item in items):
+        raise InvalidSetting(f"{problem}, not {values!r}.")
+    return tuple(items)

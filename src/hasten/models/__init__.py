@@ -94,7 +94,7 @@ def default_workload(folder: Path | None) -> Workload:
     if not isinstance(data, dict):
         raise HastenError(f"{file} holds no table of workload settings.")
     values: dict[str, Any] = dict(cast("dict[str, Any]", data))
-    values["prompts"] = tuple(values.get("prompts", GENERAL_PROMPTS))
+    values.setdefault("prompts", GENERAL_PROMPTS)
     try:
         return Workload(**values)
     except TypeError as error:
