@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hasten.cache.runtime import Decisions
 
 from hasten.attention import AttentionBackend
 from hasten.cache import FORA, FirstBlockCache
-from hasten.cache.runtime import Decisions
 from hasten.compilation import ChannelsLast, CompileBlocks
 from hasten.core.errors import HastenError, NoEffect, NotEngaged, PatchError, Refused
 from hasten.core.patch import Patch
