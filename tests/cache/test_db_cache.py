@@ -26,7 +26,8 @@ ARCHITECTURES = ("flux", "dit", "sd3", "stable_diffusion", "sdxl")
 
 def shallow(**settings: Any) -> DBCache:
     """Without warm-up, with as deep a front as all test models bear."""
-    return DBCache(**({"front": 1, "warm_up": 0} | settings))
+    shallowest: dict[str, Any] = {"front": 1, "warm_up": 0}
+    return DBCache(**(shallowest | settings))
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.08, 0.3])
