@@ -47,7 +47,7 @@ class SamplerFacts:
 
     @property
     def euler(self) -> bool:
-        """Is each `step` exactly xh' = xh + (s' - s)*u, from each of `levels` to the next?"""
+        """Is `step`, called with its default arguments, exactly xh' = xh + (s' - s)*u, between successive `levels`?"""
         return self.solver == "euler" and all(
             math.isclose(there.flow_time, following.flow_time, rel_tol=1e-5, abs_tol=1e-7)
             for there, following in zip(self.reached, self.levels[1:], strict=True)
@@ -84,12 +84,12 @@ def sampler_facts(scheduler: object, begin: int | None = None) -> SamplerFacts |
     `begin` is the number of steps left out at the beginning, by default the scheduler's `begin_index`. Waits for a GPU
     where the scheduler keeps its schedule there.
     """
-    kind = kind_of(scheduler)
-    if kind is None or getattr(scheduler, "timesteps", None) is None:
+    kind, timesteps = kind_of(scheduler), getattr(scheduler, "timesteps", None)
+    if kind is None or timesteps is None or not len(timesteps):
         return None
     try:
         path = kind.path(scheduler)
-        if path is None or len(path.levels) != len(path.reached) + 1:
+        if path is None or not len(path.levels) - 1 == len(path.reached) == len(timesteps):
             return None
         facts = _facts(scheduler, kind, path)
     except (HastenError, IndexError):
