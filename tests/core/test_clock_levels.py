@@ -77,7 +77,7 @@ def expanded(timestep: torch.Tensor) -> torch.Tensor:
     return timestep[None].expand(4)
 
 
-@pytest.mark.parametrize("shown", [lambda t: t, expanded, torch.clone, int])
+@pytest.mark.parametrize("shown", [lambda t: t, expanded])
 def test_a_late_beginning_that_only_the_timestep_tells(shown: Callable[[torch.Tensor], Any]) -> None:
     pipeline = Pipeline(DDIMScheduler())
     with watched(pipeline) as moments:
@@ -108,12 +108,16 @@ def test_a_rescaled_timestep_is_not_mistaken_for_another() -> None:
     assert levels_of(moments) == expected(pipeline.scheduler, 10)
 
 
-def test_where_the_beginning_cannot_be_told_nothing_is_claimed() -> None:
+@pytest.mark.parametrize("shown", [torch.clone, int, torch.Tensor.float])
+def test_of_a_copy_only_the_very_first_timestep_tells(shown: Callable[[torch.Tensor], Any]) -> None:
     pipeline = Pipeline(DDIMScheduler())
     with clocked(pipeline) as (clock, _, _), watched(pipeline) as moments:
-        rest_of(pipeline, 6, torch.Tensor.float)
+        rest_of(pipeline, 6, shown)
         assert clock.facts is None
-    assert {(moment.level, moment.sigma) for moment in moments} == {(None, None)}
+        rest_of(pipeline, 0, shown)
+        assert clock.facts is not None
+    assert levels_of(moments) == [None] * 4 + expected(pipeline.scheduler, 10)
+    assert {(moment.steps, moment.sigma) for moment in moments[:4]} == {(10, None)}
 
 
 def test_a_solver_that_goes_astray_is_not_claimed() -> None:
