@@ -8,7 +8,7 @@ import torch
 from cache_harness import Arguments, Pipe
 from torch import nn
 
-from hasten.cache.unet_stages import Cut
+from hasten.cache.engine.deep_feature import Cut
 
 
 def residuals(pipe: Pipe, given: Arguments, seed: int) -> Arguments:

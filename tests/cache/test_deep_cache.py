@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 
 from hasten.cache.deep_cache import DeepCache
-from hasten.cache.unet_stages import ShallowRun, cuts
+from hasten.cache.engine.deep_feature import DeepFeatureSite, cuts
 from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
@@ -241,7 +241,7 @@ def test_leaving_gives_back_the_model_and_others_are_untouched(pipe: Pipe) -> No
 
 
 def test_a_shallow_run_that_does_not_happen_is_noticed(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ShallowRun, "_install_up", lambda *_: None)
+    monkeypatch.setattr(DeepFeatureSite, "_install_up", lambda *_: None)
     with accelerate(pipe, DeepCache()) as session:
         sample(pipe, 4, pipe.arguments())
         with pytest.raises(NotEngaged, match="never reused"):

@@ -11,8 +11,9 @@ import torch
 from tests.contract.rigs import Rig, make
 from torch import nn
 
-from hasten.cache.first_block import FirstBlockCache, relative_change
-from hasten.cache.runtime import Decisions
+from hasten.cache.engine.change import relative_change
+from hasten.cache.engine.statistics import Statistics
+from hasten.cache.first_block import FirstBlockCache
 from hasten.core.errors import NotEngaged
 from hasten.core.registry import specs
 from hasten.core.session import Session, accelerate
@@ -147,7 +148,7 @@ def test_relative_change_is_per_sample() -> None:
     assert relative_change(anchor.bfloat16(), anchor.bfloat16()).dtype == torch.float32
 
 
-def test_each_branch_has_an_anchor_of_its_own() -> None:
+def test_the_branch_that_comes_first_decides_for_its_step() -> None:
     runner, technique = Runner(), FirstBlockCache(threshold=0.08)
     slow, fast = runner.drifting(8, 0.02), runner.drifting(8, 0.2)
     alone: list[list[bool]] = []
@@ -157,10 +158,23 @@ def test_each_branch_has_an_anchor_of_its_own() -> None:
         alone.append(list(ran))
     assert alone[0] != alone[1]
     for contexts in (("cond", "uncond"), ("", "")):
-        with recorded(runner, technique) as (session, ran):
-            runner.request(list(zip(slow, fast, strict=True)), contexts)
-        assert [ran[::2], ran[1::2]] == alone
-        assert list(session.evidence()[technique].step_map.values()) == [tuple(part) for part in alone]
+        for leading, pair in zip(alone, ((slow, fast), (fast, slow)), strict=True):
+            with recorded(runner, technique) as (session, ran):
+                runner.request(list(zip(*pair, strict=True)), contexts)
+            assert [ran[::2], ran[1::2]] == [leading, leading]
+            assert list(session.evidence()[technique].step_map.values()) == [tuple(leading)] * 2
+
+
+def test_each_branch_reuses_its_own_residual() -> None:
+    runner = Runner()
+    still = {"cond": [runner.given] * 3, "uncond": [runner.other] * 3}
+    with torch.no_grad():
+        expected = {name: runner.model(**calls[0])[0] for name, calls in still.items()}
+    with recorded(runner) as (_, ran):
+        outputs = runner.request(list(zip(*still.values(), strict=True)), tuple(still))
+    assert ran == [True, True, False, False, False, False]
+    for index, name in enumerate(still):
+        torch.testing.assert_close(outputs[4 + index], expected[name], atol=1e-5, rtol=1e-5)
 
 
 def shorter_text(given: Arguments) -> Arguments:
@@ -276,7 +290,7 @@ def test_evidence_counts_calls_and_maps_the_last_request() -> None:
         evidence = session.evidence()[ALWAYS]
         assert (evidence.full_steps, evidence.reused_steps) == (2, 3)
         assert evidence.step_map == {"transformer call 1": (True, False)}
-        assert session.state(ALWAYS, Decisions).reused == 3
+        assert session.state(ALWAYS, Statistics).reused == 3
 
 
 def test_a_threshold_of_zero_is_the_plain_model() -> None:

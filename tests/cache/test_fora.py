@@ -9,7 +9,8 @@ from by_hand import branch_outputs, dit_by_hand, flux_by_hand
 from cache_harness import Graphs, Pipe, equal, executed, repeat, sample
 from torch import nn
 
-from hasten.cache.fora import FORA, BranchReuse
+from hasten.cache.engine.branches import BranchSite
+from hasten.cache.fora import FORA
 from hasten.core.errors import NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
@@ -206,7 +207,7 @@ def graphs_of_plain(architecture: str) -> int:
 
 
 def test_reuse_that_does_not_happen_is_noticed(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BranchReuse, "install", lambda *_: None)
+    monkeypatch.setattr(BranchSite, "install", lambda *_: None)
     with accelerate(pipe, FORA()) as session:
         sample(pipe, 4, pipe.arguments())
         with pytest.raises(NotEngaged, match="never reused"):
@@ -229,7 +230,7 @@ def test_a_branch_that_runs_twice_in_a_call_is_not_reused() -> None:
 
 
 def test_refusals_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refused, match="DeepCache is the cache for U-Nets"):
+    with pytest.raises(Refused, match="DeepCache and FirstBlockCache are caches for U-Nets"):
         accelerate(Pipe("stable_diffusion"), FORA())
     with pytest.raises(Refused, match="does not know the blocks of Linear"):
         accelerate(nn.Linear(2, 2), FORA())

@@ -6,36 +6,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
-from hasten.cache.problems import no_stack
-from hasten.cache.runtime import BranchStore, Decisions
-from hasten.cache.stack import Decide, StackReuse, StackRun
-from hasten.core.patch import Patch
-from hasten.core.session import Session
+from hasten.cache.engine.fronts import front_site, no_front
+from hasten.cache.engine.policy import Policy
+from hasten.cache.engine.preset import Cache
+from hasten.cache.engine.site import Site
+from hasten.cache.engine.thresholds import ChangeOfFront
 from hasten.core.target import Denoiser, Target
-from hasten.core.technique import Cost, Evidence, Stage, Technique, about
-from hasten.core.workload import Workload
-
-
-class _Run(StackRun):
-    """One branch: the residual of the stacks, and the first block's own residual at the last computed step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor: torch.Tensor | None = None
+from hasten.core.technique import about
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstBlockCache(Technique):
+class FirstBlockCache(Cache):
     """Compares the first block's residual with the last computed step's; below the threshold the rest is reused.
 
-    The measure is the relative L1 distance mean|a - b| / mean|b| in float32, the largest over the batch. Each
-    guidance branch has a state of its own. A change of batch, size, dtype or request computes.
+    The measure is the relative L1 distance mean|a - b| / mean|b| in float32, the largest over the batch. One
+    decision holds for all guidance branches of a step. On a U-Net the first layer takes the part of the first block,
+    and the deep feature that of the residual. It is DBCache with one block in front and no further limits.
     """
 
-    stage: ClassVar[Stage] = Stage.CACHE
-    lossy: ClassVar[bool] = True
     syncs: ClassVar[bool] = True
     paper: ClassVar[str] = "ParaAttention, First Block Cache (2024); a special case of DBCache (cache-dit, 2025)"
 
@@ -46,56 +34,14 @@ class FirstBlockCache(Technique):
         ),
     )
 
-    def claims(self) -> tuple[str, ...]:
-        """Decides which blocks are computed."""
-        return ("stack.compute:*",)
-
     def problems(self, target: Target) -> Iterable[str]:
-        """Needs a chain of at least two blocks, and to decide between them, which a whole compiled model cannot."""
-        yield from no_stack(target, at_least=2)
-        for denoiser in target.denoisers:
-            if denoiser.module._compiled_call_impl is not None:
-                yield f"{denoiser.spec.model_class} is compiled as a whole; compile its blocks instead (CompileBlocks)."
+        """Needs at least two blocks, and to decide between them, which a whole compiled model cannot."""
+        return no_front(target, front=1, back=0)
 
-    def apply(self, target: Target, patch: Patch) -> None:
-        """Install the decision on every denoiser."""
-        decisions = patch.keep(Decisions())
-        for denoiser in target.denoisers:
-            self._install(denoiser, patch, decisions)
+    def site(self, denoiser: Denoiser) -> Site:
+        """What all blocks but the first add."""
+        return front_site(denoiser, front=1, back=0)
 
-    def _install(self, denoiser: Denoiser, patch: Patch, decisions: Decisions) -> None:
-        store, clock = BranchStore(_Run), patch.clock
-
-        def select() -> tuple[StackRun, Decide]:
-            run, moment = store.at(denoiser.name, clock.now), clock.now
-
-            def decide(before: torch.Tensor, after: torch.Tensor, possible: bool) -> bool:
-                residual = after - before
-                reused = possible and self._is_near(residual, run.anchor)
-                if not reused:
-                    run.anchor = residual
-                decisions.record(denoiser.name, moment, full=not reused)
-                return reused
-
-            return run, decide
-
-        StackReuse(denoiser, select).install(patch)
-
-    def _is_near(self, residual: torch.Tensor, anchor: torch.Tensor | None) -> bool:
-        if anchor is None or anchor.shape != residual.shape or self.threshold <= 0:
-            return False
-        return bool((relative_change(residual, anchor) < self.threshold).all())
-
-    def engaged(self, session: Session) -> Evidence:
-        """Some denoiser calls reused the residual."""
-        return session.state(self, Decisions).evidence(type(self).__name__, may_never_reuse=self.threshold <= 0)
-
-    def cost(self, target: Target, workload: Workload) -> Cost:
-        """The saving depends on the pictures; memory is three copies of the streams a branch."""
-        return Cost(time_factor=None, basis="measured")
-
-
-def relative_change(value: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-    """Relative L1 distance per sample, shape [batch], float32: mean|value - anchor| / mean|anchor|."""
-    change = (value - anchor).abs().flatten(1).sum(1, dtype=torch.float32)
-    return change / anchor.abs().flatten(1).sum(1, dtype=torch.float32).clamp_min(1e-12)
+    def policy(self, denoiser: Denoiser) -> Policy:
+        """The change of the first block's residual since the last computed step."""
+        return ChangeOfFront(denoiser, self.threshold)

@@ -34,6 +34,11 @@ class Stack:
 
     They need not run when the branch's output is known, if that code bears outputs with an empty last dimension.
     """
+    indicator: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = field(default=None, hash=False)
+    """Computes, from a block of the stack and its arguments by name, the modulated input of its first branch.
+
+    Of the first block it tells how much the present step differs from the last, before any block has run.
+    """
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Pick the streams out of a block call's arguments, whether given by position or by name."""
@@ -122,6 +127,8 @@ class DenoiserSpec:
     """Glob patterns of the linears that depend on timestep (and pooled text) alone."""
     timestep: str = "timestep"
     """Name of the timestep argument."""
+    latents: str = "hidden_states"
+    """Name of the argument that holds the noisy picture (or a list of pictures)."""
     released: Mapping[str, Released] = field(default_factory=dict[str, Released])
     latent_channels: str = "in_channels"
     """Configuration key of the number of channels of the denoiser's input."""

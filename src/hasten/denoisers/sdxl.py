@@ -50,6 +50,7 @@ SDXL = DenoiserSpec(
         "projection_class_embeddings_input_dim": 80,
     },
     inputs=_inputs,
+    latents="sample",
     unet=UNetStages(),
     repeated_blocks=("BasicTransformerBlock",),
     attention=("Attention",),

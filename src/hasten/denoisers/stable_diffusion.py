@@ -47,6 +47,7 @@ STABLE_DIFFUSION = DenoiserSpec(
         "attention_head_dim": 2,  # this class reads it as the number of heads
     },
     inputs=_inputs,
+    latents="sample",
     unet=UNetStages(),
     repeated_blocks=("BasicTransformerBlock",),
     attention=("Attention",),

@@ -87,6 +87,7 @@ Z_IMAGE = DenoiserSpec(
         "all_final_layer.*.adaLN_modulation.1",
     ),
     timestep="t",
+    latents="x",
     released={
         "Z-Image": _released("Z-Image", steps=50),
         "Z-Image-Turbo": _released("Z-Image-Turbo", steps=8),

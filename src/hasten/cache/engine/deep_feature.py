@@ -7,13 +7,14 @@ connections as usual and a ControlNet can add its residuals to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from hasten.cache.engine.site import Judge
 from hasten.core.intercept import base_class
 from hasten.core.patch import Patch
 from hasten.core.target import Denoiser
@@ -73,21 +74,26 @@ class _Stages:
         self.mid = cast("nn.Module | None", getattr(module, paths.mid, None))
 
 
-class ShallowRun:
-    """Runs a U-Net in full, keeping one deep feature, or only outside the cut, starting from that feature.
+class DeepFeatureSite:
+    """Runs a U-Net in full, keeping one deep feature, or only outside the cut; see `engine.site.Site`.
 
-    It does nothing until `keep` or `reuse` says what the next call is; `rest` must follow that call.
+    A call that is to ask does so once the outer down layers have run. A T2I-Adapter adds to what every down stage
+    puts out: such calls are computed and keep nothing.
     """
+
+    afresh: tuple[str, ...] = ()
 
     def __init__(self, denoiser: Denoiser, cut: Cut) -> None:
         self._stages, self._cut = _Stages(denoiser), cut
         self._first_up = len(_layers(self._stages.ups[cut.stage])) - 1 - cut.layers
         self._keeping = self._reusing = self._served = False
         self._feature: torch.Tensor | None = None
+        self._judge: Judge | None = None
+        self._entered: torch.Tensor | None = None
 
     @property
-    def feature(self) -> torch.Tensor | None:
-        """What a call that was to keep has kept: the input of the first up layer outside the cut."""
+    def kept(self) -> torch.Tensor | None:
+        """The input of the first up layer outside the cut."""
         return self._feature
 
     @property
@@ -96,17 +102,37 @@ class ShallowRun:
         return self._served
 
     def keep(self) -> None:
-        """Let the next call run in full and keep its deep feature."""
+        """Run in full and keep the deep feature."""
         self._keeping = True
 
-    def reuse(self, feature: torch.Tensor) -> None:
-        """Let the next call run outside the cut only."""
-        self._reusing, self._feature = True, feature
+    def reuse(self, value: torch.Tensor) -> None:
+        """Run outside the cut only."""
+        self._reusing, self._feature = True, value
+
+    def ask(self, judge: Judge) -> None:
+        """Decide when the outer down layers have run."""
+        self._keeping, self._judge = True, judge
 
     def rest(self) -> None:
         """Forget the feature and leave calls alone."""
         self._keeping = self._reusing = self._served = False
-        self._feature = None
+        self._feature = self._judge = self._entered = None
+
+    def run(self, call: Callable[..., Any], given: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
+        """Make the call."""
+        if _has_adapter(given):
+            self.rest()
+        return call(*args, **kwargs)
+
+    def _decide(self, hidden: torch.Tensor) -> None:
+        """Once a call, at the end of the outer down layers: reuse, or go on in full."""
+        if self._judge is None:
+            return
+        judge, self._judge = self._judge, None
+        before = self._entered if self._entered is not None and self._entered.shape == hidden.shape else None
+        value = judge(hidden, before)
+        if value is not None:
+            self._keeping, self._reusing, self._feature = False, True, value
 
     def install(self, patch: Patch) -> None:
         """Intercept the stages at and inside the cut, and the layer lists of the pair of stages that is cut."""
@@ -123,11 +149,13 @@ class ShallowRun:
 
     def _install_down(self, down: nn.Module, patch: Patch) -> None:
         patch.around(down, self._partial_down(down), "runs its first layers on reused steps")
-        for layers in _lists(down):
-            patch.around(layers, self._first(self._cut.layers), "is iterated lazily", method="__iter__")
+        *earlier, last = _lists(down)
+        for layers in earlier:
+            patch.around(layers, self._outer, "is iterated lazily", method="__iter__")
+        patch.around(last, self._outer_and_seen, "is iterated lazily", method="__iter__")
         samplers = _list(down, "downsamplers")
         if samplers is not None:
-            patch.around(samplers, self._first(0), "is iterated lazily", method="__iter__")
+            patch.around(samplers, self._none_on_reuse, "is iterated lazily", method="__iter__")
 
     def _install_up(self, up: nn.Module, patch: Patch) -> None:
         patch.around(up, self._partial_up, "runs its last layers on reused steps")
@@ -140,6 +168,7 @@ class ShallowRun:
         outputs = _outputs(down)
 
         def run(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._decide(_hidden(args, kwargs))
             if not self._reusing:
                 return call(*args, **kwargs)
             placeholder = _placeholder(_hidden(args, kwargs))
@@ -151,6 +180,7 @@ class ShallowRun:
         outputs, layers = _outputs(down), self._cut.layers
 
         def run(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._entered = _hidden(args, kwargs)
             hidden, found = call(*args, **kwargs)
             if not self._reusing:
                 return hidden, found
@@ -173,11 +203,22 @@ class ShallowRun:
         assert self._feature is not None
         return call(self._unshared(self._feature), skips[: self._cut.layers + 1], *others, **kwargs)
 
-    def _first(self, count: int) -> Callable[..., Iterator[Any]]:
-        def iterate(call: Callable[..., Iterator[Any]]) -> Iterator[Any]:
-            return iter(list(call())[:count]) if self._reusing else call()
+    def _outer(self, call: Callable[..., Iterator[Any]]) -> Iterator[Any]:
+        """The down layers outside the cut and, unless the feature is reused, the others: decided in between."""
+        for index, layer in enumerate(list(call())):
+            if index >= self._cut.layers and self._reusing:
+                return
+            yield layer
 
-        return iterate
+    def _outer_and_seen(self, call: Callable[..., Iterator[Any]]) -> Iterator[Any]:
+        if self._judge is None:
+            return self._outer(call)
+        layers, edge = list(call()), self._cut.layers - 1
+        seen = self._passing_on(layers[edge], self._decide)
+        return self._outer(lambda: iter([*layers[:edge], seen, *layers[edge + 1 :]]))
+
+    def _none_on_reuse(self, call: Callable[..., Iterator[Any]]) -> Iterator[Any]:
+        return iter(()) if self._reusing else call()
 
     def _later(self, call: Callable[..., Iterator[Any]]) -> Iterator[Any]:
         return iter(list(call())[self._first_up :]) if self._reusing else call()
@@ -186,13 +227,18 @@ class ShallowRun:
         if not self._keeping or self._first_up == 0:
             return self._later(call)
         layers = list(call())
-        before = layers[self._first_up - 1]
-        return iter([*layers[: self._first_up - 1], self._keeping_output(before), *layers[self._first_up :]])
+        before = self._passing_on(layers[self._first_up - 1], self._keep_feature)
+        return iter([*layers[: self._first_up - 1], before, *layers[self._first_up :]])
 
-    def _keeping_output(self, layer: nn.Module) -> Callable[..., Any]:
+    def _keep_feature(self, hidden: torch.Tensor) -> None:
+        self._feature = self._unshared(hidden)
+
+    def _passing_on(self, layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Callable[..., Any]:
+        """The layer, with its output shown to `see`."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             output = layer(*args, **kwargs)
-            self._feature = self._unshared(output[0] if isinstance(output, tuple) else output)
+            see(output[0] if isinstance(output, tuple) else output)
             return output
 
         return run
@@ -233,3 +279,11 @@ def _lists(stage: nn.Module) -> list[nn.ModuleList]:
 def _outputs(down: nn.Module) -> int:
     """How many skip connections a down stage makes."""
     return len(_layers(down)) + (_list(down, "downsamplers") is not None)
+
+
+def _has_adapter(given: Mapping[str, Any]) -> bool:
+    """A T2I-Adapter adds to the output of every down stage, in its present or its older form."""
+    if given.get("down_intrablock_additional_residuals") is not None:
+        return True
+    residuals, middle = given.get("down_block_additional_residuals"), given.get("mid_block_additional_residual")
+    return residuals is not None and middle is None

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from hasten.cache.engine.site import Site
 from hasten.core.spec import InputSize
 from hasten.core.target import Denoiser, Target
 from hasten.core.workload import Workload
@@ -49,10 +50,10 @@ def example_call(denoiser: Denoiser, target: Target, workload: Workload) -> dict
     return tree_map(lambda value: _to_meta(value, dtype), spec.example(config, size))
 
 
-def flops(denoiser: Denoiser, arguments: dict[str, Any]) -> int:
+def flops(denoiser: Denoiser, arguments: dict[str, Any], site: Site) -> int:
     """Multiply-adds (counted twice, as usual) of one call; matrix products, convolutions and attention count."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        denoiser.module(**arguments)
+        site.run(denoiser.module, arguments, (), arguments)
     return counter.get_total_flops()
 
 

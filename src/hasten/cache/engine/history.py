@@ -1,0 +1,86 @@
+"""What one guidance branch of one request remembers: the latest computed values, and for which kind of call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from hasten.cache.engine.site import Value
+from hasten.cache.engine.values import size_in_bytes
+from hasten.core.clock import Moment
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A value and when it was computed."""
+
+    moment: Moment
+    value: Value
+
+
+class History:
+    """The latest computed values of one branch, newest last, all for the same kind of call."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._kind: object = None
+        self.snapshots: list[Snapshot] = []
+
+    def admit(self, kind: object) -> bool:
+        """Begin a call of this kind; returns whether a change of kind has made what was remembered useless."""
+        changed = self._kind is not None and kind != self._kind
+        if changed:
+            self.snapshots.clear()
+        self._kind = kind
+        return changed
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Remember a computed value and let the oldest go."""
+        self.snapshots.append(snapshot)
+        del self.snapshots[: -self._capacity]
+
+    def forget(self) -> None:
+        """Drop all values."""
+        self.snapshots.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(size_in_bytes(snapshot.value) for snapshot in self.snapshots)
+
+
+def kind_of_call(given: Mapping[str, Any], varying: tuple[str, ...], module: nn.Module) -> object:
+    """What must not change between computing and reusing: sizes, types, settings and adapters; not the numbers.
+
+    `given` holds the call's arguments by name; those whose name matches a pattern of `varying` are left out.
+    """
+    arguments = [(name, value) for name, value in given.items() if value is not None and not _matches(name, varying)]
+    leaves = tuple((name, *map(_essence, tree_leaves(value))) for name, value in arguments)
+    return leaves, _adapters(module)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _essence(leaf: Any) -> object:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return leaf if isinstance(leaf, str | bool | int | float | None) else type(leaf)
+
+
+def _adapters(module: nn.Module) -> object:
+    """Names, choice and strength of the LoRA adapters that PEFT has put into a denoiser."""
+    if not getattr(module, "peft_config", None):
+        return ()
+    layer: Any = next((part for part in module.modules() if hasattr(part, "lora_A")), None)
+    if layer is None:
+        return ()
+    scaling: dict[str, float] = getattr(layer, "scaling", {})
+    return tuple(layer.active_adapters), tuple(scaling.items()), bool(getattr(layer, "disable_adapters", False))

@@ -1,0 +1,151 @@
+"""The runner: the one place where a cache's decision, site and guess meet around a denoiser's call.
+
+It fails open: a first step, a changed size, setting or adapter, another request, an exception or a sampler that
+makes guessing pointless all lead to computing, and are counted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from hasten.cache.engine.change import sampled
+from hasten.cache.engine.guess import Hold
+from hasten.cache.engine.history import History, Snapshot, kind_of_call
+from hasten.cache.engine.policy import Policy
+from hasten.cache.engine.site import Site, Value
+from hasten.cache.engine.statistics import Statistics
+from hasten.core.clock import Clock, Moment
+from hasten.core.patch import Patch
+from hasten.core.target import Denoiser
+
+Given = Mapping[str, Any]
+
+CHANGED = "size, settings or adapters changed"
+NOTHING_KEPT = "nothing was kept"
+FIRST = "first step"
+
+
+class Runner:
+    """Runs one denoiser through a site; one per denoiser and session."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        site: Site,
+        policy: Callable[[], Policy],
+        guess: Hold,
+        clock: Clock,
+        statistics: Statistics,
+    ) -> None:
+        self._denoiser, self._site, self._make_policy, self._guess = denoiser, site, policy, guess
+        self._clock, self._statistics = clock, statistics
+        self._parameters = tuple(inspect.signature(denoiser.module.forward).parameters)
+        self._policy = policy()
+        self._request = -1
+        self._histories: dict[str, History] = {}
+        self._step, self._leader, self._computes = -1, "", True
+
+    def install(self, patch: Patch, what: str) -> None:
+        """Intercept the denoiser's call, and what the site needs."""
+        patch.around(self._denoiser.module, self, what)
+        self._site.install(patch)
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Make one denoiser call, computed or reused."""
+        moment = self._clock.now
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        history = self._history_at(moment)
+        reason = self._obstacle(moment, history, given)
+        try:
+            self._prepare(moment, history, given, possible=not reason)
+            output = self._site.run(call, given, args, kwargs)
+            self._conclude(moment, history, given, reason)
+        except BaseException:
+            history.forget()
+            raise
+        finally:
+            self._site.rest()
+        return output
+
+    def _history_at(self, moment: Moment) -> History:
+        if moment.request != self._request:
+            self._request, self._step = moment.request, -1
+            self._policy = self._make_policy()
+            self._histories = {}
+        return self._histories.setdefault(moment.branch, History(self._guess.snapshots))
+
+    def _obstacle(self, moment: Moment, history: History, given: Given) -> str:
+        """Why this call must be computed whatever the policy says; empty when it need not."""
+        varying = (self._denoiser.spec.timestep, *self._site.afresh)
+        kind = kind_of_call(given, varying, self._denoiser.module)
+        if history.admit(kind):
+            return CHANGED
+        if history.snapshots:
+            return ""
+        return FIRST if moment.first else NOTHING_KEPT
+
+    def _prepare(self, moment: Moment, history: History, given: Given, *, possible: bool) -> None:
+        """Tell the site what to do, once the policy has decided for this step or has asked to see the front."""
+        begins = moment.step != self._step
+        if begins:
+            decided = self._policy.decide(moment)
+            if self._policy.looks_at == "input":
+                observed = self._policy.observe(moment, self._picture(given))
+                decided = observed if decided is None else decided
+            self._step, self._leader, self._computes = moment.step, moment.branch, decided is not False
+            if self._policy.looks_at == "front":
+                self._site.ask(self._judge(moment, history, given, decided, possible=possible))
+                return
+        if self._computes or not possible:
+            self._site.keep()
+        else:
+            self._site.reuse(self._guess.guess(history.snapshots, moment, given))
+
+    def _judge(
+        self, moment: Moment, history: History, given: Given, decided: bool | None, *, possible: bool
+    ) -> Callable[[torch.Tensor, torch.Tensor | None], Value | None]:
+        def judge(after: torch.Tensor, before: torch.Tensor | None) -> Value | None:
+            observed = self._policy.observe(moment, sampled(after, before))
+            self._computes = observed if decided is None else decided
+            if self._computes or not possible:
+                return None
+            return self._guess.guess(history.snapshots, moment, given)
+
+        return judge
+
+    def _conclude(self, moment: Moment, history: History, given: Given, reason: str) -> None:
+        """Remember what was computed, and tell policy and statistics; the policy hears of each step once."""
+        full, kept = not self._site.served, self._site.kept
+        earlier = tuple(history.snapshots)
+        if full:
+            kept = None if kept is None else self._guess.encode(kept, moment, given)
+            self._remember(history, moment, kept)
+        decides = moment.branch == self._leader
+        if decides and full:
+            self._policy.computed(moment, kept, lambda: self._guessed(earlier, moment, given))
+        elif decides:
+            self._policy.reused(moment)
+        self._statistics.record(self._denoiser.name, moment, full=full, reason="" if self._computes else reason)
+
+    def _remember(self, history: History, moment: Moment, kept: Value | None) -> None:
+        if kept is None:
+            history.forget()
+        else:
+            history.add(Snapshot(moment, kept))
+        held = sum(each.bytes for each in self._histories.values())
+        self._statistics.most_bytes = max(self._statistics.most_bytes, held)
+        if moment.last:
+            history.forget()  # the memory is wanted for decoding the picture
+
+    def _guessed(self, earlier: tuple[Snapshot, ...], moment: Moment, given: Given) -> Value | None:
+        return self._guess.guess(earlier, moment, given) if earlier else None
+
+    def _picture(self, given: Given) -> torch.Tensor:
+        """The noisy picture of a call, as one batch."""
+        value = given[self._denoiser.spec.latents]
+        return value if isinstance(value, torch.Tensor) else torch.stack(tree_leaves(value))

@@ -1,0 +1,52 @@
+"""Policies that reuse while something changed little: the front's residual against that of the last computed step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hasten.cache.engine.change import OverBatch, Reading, group_of, over_batch, relative_change
+from hasten.cache.engine.policy import Policy, Signal
+from hasten.cache.engine.site import Value
+from hasten.core.clock import Moment
+from hasten.core.target import Denoiser
+
+
+class ChangeOfFront(Policy):
+    """Reuse while the front's residual is within `threshold` of the one at the last computed step.
+
+    Source: ParaAttention's First Block Cache (2024) and cache-dit's DBCache (2025). With `late=True` each step is
+    decided by the change of the step before, which has reached the host by then: nothing waits for the GPU.
+    """
+
+    looks_at: Signal = "front"
+
+    def __init__(self, denoiser: Denoiser, threshold: float, *, how: OverBatch = "max", late: bool = False) -> None:
+        self._threshold, self._late = threshold, late
+        self._how: OverBatch = how
+        self._group = group_of(denoiser.module)
+        self._anchor: torch.Tensor | None = None
+        self._latest: torch.Tensor | None = None
+        self._reading: Reading | None = None
+
+    def decide(self, moment: Moment) -> bool | None:
+        """Known beforehand only for a threshold of 0, or when the step before decides."""
+        if self._threshold <= 0:
+            return True
+        if not self._late:
+            return None
+        return self._reading is None or not self._reading.value() < self._threshold
+
+    def observe(self, moment: Moment, signal: torch.Tensor) -> bool:
+        """Compute unless the change since the last computed step is below the threshold; NaN computes."""
+        self._latest, anchor = signal, self._anchor
+        if anchor is None or anchor.shape != signal.shape or self._threshold <= 0:
+            self._reading = None
+            return True
+        self._reading = Reading(over_batch(relative_change(signal, anchor, self._group), self._how))
+        return False if self._late else not self._reading.value() < self._threshold
+
+    def computed(self, moment: Moment, kept: Value | None, guessed: Callable[[], Value | None]) -> None:
+        """The residual just seen becomes the anchor."""
+        self._anchor = self._latest
