@@ -35,7 +35,8 @@ class Rule:
 
     With `correct` the skipped steps are integrated again as soon as the next output is known, with values
     interpolated between the true outputs at both ends (the corrector idea of UniPC, arXiv:2302.04867).
-    That output itself was computed at the uncorrected state and is not computed again.
+    That output itself was computed at the uncorrected state and is not computed again; at the corrected state its
+    `quantity` is taken to be the same.
     """
 
     quantity: Quantity = "velocity"

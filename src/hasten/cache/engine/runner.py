@@ -81,7 +81,8 @@ class Runner:
 
     def _obstacle(self, moment: Moment, history: History, given: Given) -> str:
         """Why this call must be computed whatever the policy says; empty when it need not."""
-        kind = kind_of_call(given, self._denoiser.spec.timestep, self._denoiser.module)
+        varying = (self._denoiser.spec.timestep, *self._site.afresh)
+        kind = kind_of_call(given, varying, self._denoiser.module)
         if history.admit(kind):
             return CHANGED
         if history.snapshots:
