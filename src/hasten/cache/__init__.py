@@ -3,5 +3,6 @@
 from hasten.cache.deep_cache import DeepCache
 from hasten.cache.first_block import FirstBlockCache
 from hasten.cache.fora import FORA
+from hasten.cache.taylor_seer import TaylorSeer
 
-__all__ = ["FORA", "DeepCache", "FirstBlockCache"]
+__all__ = ["FORA", "DeepCache", "FirstBlockCache", "TaylorSeer"]
