@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -59,7 +59,7 @@ class TaylorSeer(Cache):
     def problems(self, target: Target) -> Iterable[str]:
         """Needs what the forecasts are of, and a sampler that adds no noise."""
         if self.forecast == "branches":
-            yield from (reason for denoiser in target.denoisers for reason in no_branches(denoiser))
+            yield from (reason for denoiser in target.denoisers for reason in _no_branches(denoiser))
         elif self.forecast == "residual":
             yield from no_front(target, front=0, back=0)
         if self.order:
@@ -83,3 +83,10 @@ class TaylorSeer(Cache):
     def in_words(self) -> str:
         """The interval."""
         return f"computes everything once in {self.interval} steps after the first {self.warm_up}"
+
+
+def _no_branches(denoiser: Denoiser) -> Iterator[str]:
+    if denoiser.spec.unet is not None:
+        yield 'a U-Net has no chain of equal blocks; forecast="residual" forecasts its deep feature.'
+    else:
+        yield from no_branches(denoiser)
