@@ -32,7 +32,9 @@ class Pipe:
         return "sample" if self.spec.unet else "hidden_states"
 
     def arguments(self, seed: int = 0, **size: int) -> Arguments:
-        return self.spec.example(self.spec.tiny, InputSize(**size), seed)
+        """With a timestep that is in no schedule, or the clock would think that the request begins there."""
+        given = self.spec.example(self.spec.tiny, InputSize(**size), seed)
+        return given | ({} if given["timestep"].is_floating_point() else {"timestep": given["timestep"] + 1})
 
 
 @torch.no_grad()

@@ -130,6 +130,8 @@ class DenoiserSpec:
     latents: str = "hidden_states"
     """Name of the argument that holds the noisy picture (or a list of pictures)."""
     released: Mapping[str, Released] = field(default_factory=dict[str, Released])
+    frames_per_token: int = 0
+    """How many latent frames a token spans, in a model of videos whose latents are [B, C, frames, height, width]."""
     latent_channels: str = "in_channels"
     """Configuration key of the number of channels of the denoiser's input."""
 
