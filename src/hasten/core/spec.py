@@ -11,6 +11,7 @@ from torch import nn
 
 Config = Mapping[str, Any]
 Guidance = Literal["embedded", "batched", "separate", "none"]
+Side = Literal["first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,8 @@ class DenoiserSpec:
     attention: tuple[str, ...] = ()
     """Classes of the attention modules."""
     guidance: Guidance = "batched"
+    conditional: Side = "last"
+    """Which half of a guided batch follows the prompt; with separate calls, which call of a step."""
     modulation: tuple[str, ...] = ()
     """Glob patterns of the linears that depend on timestep (and pooled text) alone."""
     timestep: str = "timestep"

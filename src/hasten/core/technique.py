@@ -77,7 +77,7 @@ class Technique:
     paper: ClassVar[str] = ""
     """Publication or specification the technique follows."""
     syncs: ClassVar[bool] = False
-    """True when a decision waits for the GPU at each step."""
+    """True when a decision waits for the GPU at each step; `waits` says it for given settings."""
     cuts_blocks: ClassVar[bool] = False
     """True when it decides inside a block, so that compiled blocks need up to twice as many graphs."""
 
@@ -89,6 +89,10 @@ class Technique:
     def claims(self) -> tuple[str, ...]:
         """Resources taken for oneself, such as `attention.kernel` or `stack.compute:*`; see `core.resolve`."""
         return ()
+
+    def waits(self) -> bool:
+        """Does a decision wait for the GPU at each step, with these settings?"""
+        return self.syncs
 
     def problems(self, target: Target) -> Iterable[str]:
         """Yield one plain sentence for each reason why this cannot run on `target`."""

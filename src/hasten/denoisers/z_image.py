@@ -80,6 +80,7 @@ Z_IMAGE = DenoiserSpec(
     ),
     repeated_blocks=("ZImageTransformerBlock",),
     attention=("Attention",),
+    conditional="first",
     modulation=(
         "t_embedder.mlp.?",
         "noise_refiner.*.adaLN_modulation.0",

@@ -14,6 +14,8 @@ from hasten.core.technique import Evidence
 class Statistics:
     """Counts denoiser calls of a session, and keeps the map of the last request."""
 
+    counted: str = "denoiser calls"
+    """What is counted, in words."""
     full: int = 0
     reused: int = 0
     reasons: Counter[str] = field(default_factory=Counter[str])
@@ -48,7 +50,7 @@ class Statistics:
         )
 
     def _summary(self) -> str:
-        parts = [f"{self.reused} of {self.full + self.reused} denoiser calls reused earlier results"]
+        parts = [f"{self.reused} of {self.full + self.reused} {self.counted} reused earlier results"]
         if self.reasons:
             parts.append("computed because " + ", ".join(f"{why}: {count}" for why, count in self.reasons.items()))
         if self.most_bytes:
