@@ -37,7 +37,8 @@ class Stack:
     indicator: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = field(default=None, hash=False)
     """Computes, from a block of the stack and its arguments by name, the modulated input of its first branch.
 
-    Of the first block it tells how much the present step differs from the last, before any block has run.
+    Of the first block it tells how much the present step differs from the last, before any block has run. Where
+    the method's authors look at the time embedding instead, so does the specification.
     """
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
