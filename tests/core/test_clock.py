@@ -92,11 +92,33 @@ def test_noise_levels_are_the_schedulers(kind: type[Any]) -> None:
     assert [moment.sigma for moment in moments] == expected
 
 
-def test_without_noise_levels_there_are_none() -> None:
+def test_without_a_schedulers_own_noise_levels_those_of_the_input_count() -> None:
     pipeline = Pipeline(DDIMScheduler())
     with watched(pipeline) as moments:
         pipeline.request(3)
-    assert {moment.sigma for moment in moments} == {None}
+    remaining = pipeline.scheduler.alphas_cumprod[pipeline.scheduler.timesteps].double()
+    assert [moment.sigma for moment in moments] == pytest.approx((1 - remaining).sqrt().tolist(), abs=1e-12)
+
+
+class Own(EulerDiscreteScheduler):
+    """A scheduler of which nothing is known, since its steps are its own, and which keeps no sigmas."""
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        del self.sigmas
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        return (sample - model_output,)
+
+    def scale_model_input(self, sample: Any, timestep: Any) -> Any:
+        return sample
+
+
+def test_without_noise_levels_there_are_none() -> None:
+    pipeline = Pipeline(Own())
+    with watched(pipeline) as moments:
+        pipeline.request(3)
+    assert {(moment.sigma, moment.level) for moment in moments} == {(None, None)}
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -188,7 +210,7 @@ def test_image_to_image_counts_from_where_it_begins(kind: type[Any]) -> None:
     assert steps_of(moments) == [0, 1, 2, 3, 0, 1, 2]
     assert [moment.steps for moment in moments] == [4] * 4 + [3] * 3
     assert [moment.last for moment in moments] == [False] * 3 + [True] + [False] * 2 + [True]
-    if moments[0].sigma is not None:
+    if hasattr(pipeline.scheduler, "sigmas"):
         pipeline.scheduler.set_timesteps(10)
         assert moments[0].sigma == pipeline.scheduler.sigmas[6].item()
 

@@ -7,14 +7,20 @@ reading it. Never the parity of calls. Anything unexpected begins a new request,
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
+from hasten.core.errors import PatchError
+from hasten.core.intercept import Interceptor
+from hasten.core.noise import NoiseLevel
+from hasten.core.sampler import SamplerFacts
+from hasten.core.schedule import Schedule, can_be_watched
+from hasten.core.step_link import StepLink
+from hasten.core.timesteps import TimestepReader, argument_reader, on_gpu, on_host
 
 if TYPE_CHECKING:
     from hasten.core.patch import Patch
@@ -27,13 +33,18 @@ MOST_CALLS = 16
 
 @dataclass(frozen=True)
 class Moment:
-    """When a denoiser call happens. `steps` and `sigma` are None where no scheduler was observed."""
+    """When a denoiser call happens. `steps`, `sigma` and `level` are None where no scheduler was observed.
+
+    `sigma` is the scheduler's own, in the scheduler's own convention; `level` describes the denoiser's input in the
+    one of `core.noise`, and is None too where the scheduler is not known.
+    """
 
     request: int
     step: int
     branch: str
     steps: int | None = None
     sigma: float | None = None
+    level: NoiseLevel | None = None
 
     @property
     def first(self) -> bool:
@@ -53,8 +64,9 @@ class Clock:
         self.now = Moment(0, 0, "")
         self._scheduler: object | None = None
         self._watched: list[object] = []
-        self._schedule: _Schedule | None = None
-        self._fallback = _TimestepReader()
+        self._links: list[StepLink] = []
+        self._schedule: Schedule | None = None
+        self._fallback = TimestepReader()
         self._request, self._step = 0, 0
         self._calls: Counter[tuple[str, str]] = Counter()
         self._seen: dict[str, float] = {}
@@ -69,26 +81,52 @@ class Clock:
             if hasattr(denoiser.module, "cache_context"):
                 patch.outermost(denoiser.module, self._on_context, "clock", method="cache_context")
 
+    @property
+    def facts(self) -> SamplerFacts | None:
+        """What is known about the sampler of the current request; settled by its first denoiser call."""
+        return None if self._schedule is None else self._schedule.facts
+
+    def around_step(self, link: Interceptor, patch: Patch, what: str = "takes part in each step") -> None:
+        """Put `link(call, model_output, timestep, sample, *args, **kwargs)` around the scheduler's `step`.
+
+        It is put around whichever scheduler the pipeline uses, also one that it is given later; a later link stands
+        outside an earlier one, and all inside the clock, for which the step ends when `step` has returned. `patch`
+        records it as `what` and takes it off. Raises PatchError where there is no scheduler to observe.
+        """
+        if not self._watched:
+            raise PatchError("There is no scheduler whose steps can be observed; a whole pipeline has one.")
+        entry = StepLink(link, lambda scheduler: scheduler is self._scheduler)
+        self._links.append(entry)
+        patch.undo(self._watched[-1], what, partial(self._drop, entry))
+        for scheduler in self._watched:
+            entry.put(scheduler)
+
+    def _drop(self, entry: StepLink) -> None:
+        entry.take_off()
+        self._links.remove(entry)
+
     def _watch(self, scheduler: object, patch: Patch) -> None:
         self._scheduler = scheduler
-        if _can_be_watched(scheduler) and not any(scheduler is known for known in self._watched):
+        if can_be_watched(scheduler) and not any(scheduler is known for known in self._watched):
             self._watched.append(scheduler)
             patch.outermost(scheduler, self._on_set_timesteps(scheduler), "clock", method="set_timesteps")
             patch.outermost(scheduler, self._on_step(scheduler), "clock", method="step")
+            for entry in self._links:
+                entry.put(scheduler)
 
     def _follow(self, target: Target, patch: Patch) -> None:
         """A pipeline may be given another scheduler at any time: watch that one from now on."""
         scheduler = getattr(target.pipeline, "scheduler", None)
         if scheduler is not None and scheduler is not self._scheduler:
             self._watch(scheduler, patch)
-            self._begin(_Schedule(scheduler) if _can_be_watched(scheduler) else None)
-            self._fallback = _TimestepReader()
+            self._begin(Schedule(scheduler) if can_be_watched(scheduler) else None)
+            self._fallback = TimestepReader()
 
     def _on_set_timesteps(self, scheduler: object) -> Callable[..., Any]:
         def observe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = call(*args, **kwargs)
             if scheduler is self._scheduler:
-                self._begin(_Schedule(scheduler))
+                self._begin(Schedule(scheduler))
             return result
 
         return observe
@@ -114,7 +152,7 @@ class Clock:
             self._context = before
 
     def _on_call(self, denoiser: Denoiser, target: Target, patch: Patch) -> Callable[..., Any]:
-        read = _argument_reader(denoiser)
+        read = argument_reader(denoiser)
 
         def observe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._follow(target, patch)
@@ -123,7 +161,7 @@ class Clock:
 
         return observe
 
-    def _begin(self, schedule: _Schedule | None) -> None:
+    def _begin(self, schedule: Schedule | None) -> None:
         self._request += 1
         self._step = 0
         self._schedule = schedule
@@ -131,25 +169,27 @@ class Clock:
         self._seen.clear()
 
     def _advance(self, name: str, timestep: Any) -> Moment:
+        if self._schedule is not None:
+            self._schedule.enter(timestep)
         if self._schedule is not None and not self._still_observed(name, timestep):
             self._begin(None)
-            self._fallback = _TimestepReader()
+            self._fallback = TimestepReader()
         if self._schedule is None:
             return self._advance_by_timestep(name, timestep)
         self._calls[name, self._context] += 1
         branch = self._branch(self._calls[name, self._context])
-        moment = Moment(self._request, self._step, branch, self._schedule.steps)
-        return replace(moment, sigma=self._schedule.sigma(self._step))
+        sigma, level = self._schedule.sigma(self._step), self._schedule.level(self._step)
+        return Moment(self._request, self._step, branch, self._schedule.steps, sigma, level)
 
     def _still_observed(self, name: str, timestep: Any) -> bool:
         """Has the observed scheduler been stepped between calls with different timesteps?"""
-        schedule = cast(_Schedule, self._schedule)
+        schedule = cast(Schedule, self._schedule)
         if self._step >= schedule.steps or self._calls[name, self._context] >= MOST_CALLS:
             return False
-        return _on_gpu(timestep) or self._seen.setdefault(name, _host(timestep)) == _host(timestep)
+        return on_gpu(timestep) or self._seen.setdefault(name, on_host(timestep)) == on_host(timestep)
 
     def _advance_by_timestep(self, name: str, timestep: Any) -> Moment:
-        began, self._step, ordinal = self._fallback.read(f"{name} {self._context}", _host(timestep))
+        began, self._step, ordinal = self._fallback.read(f"{name} {self._context}", on_host(timestep))
         if began:
             self._request += 1
         return Moment(self._request, self._step, self._branch(ordinal + 1))
@@ -159,89 +199,3 @@ class Clock:
         if not self._context:
             return f"call {count}"
         return self._context if count == 1 else f"{self._context}, call {count}"
-
-
-class _Schedule:
-    """Steps and noise levels of one request, copied to the host when the request begins."""
-
-    def __init__(self, scheduler: object) -> None:
-        self._scheduler = scheduler
-        timesteps = getattr(scheduler, "timesteps", None)
-        self._length = 0 if timesteps is None else len(timesteps)
-        sigmas = getattr(scheduler, "sigmas", None)
-        self._sigmas = tuple(sigmas.tolist()) if isinstance(sigmas, torch.Tensor) and sigmas.dim() == 1 else ()
-
-    @property
-    def _begin(self) -> int:
-        # Image-to-image pipelines enter the schedule late, and say so after `set_timesteps`.
-        return getattr(self._scheduler, "begin_index", None) or 0
-
-    @property
-    def steps(self) -> int:
-        return max(self._length - self._begin, 0)
-
-    def sigma(self, step: int) -> float | None:
-        index = step + self._begin
-        return self._sigmas[index] if index < len(self._sigmas) else None
-
-
-class _TimestepReader:
-    """Infers requests, steps and branches from timestep values alone.
-
-    Limit: two successive requests of a single step with equal timesteps look like two branches of one step, up to
-    `MOST_BRANCHES` calls; the first value of a request coming back begins a new request.
-    """
-
-    MOST_BRANCHES = 4
-
-    def __init__(self) -> None:
-        self._values: list[float] = []
-        self._ordinals: dict[str, int] = {}
-
-    def read(self, name: str, value: float) -> tuple[bool, int, int]:
-        """Return (did a request begin, step, ordinal of the call within its step)."""
-        repeated = bool(self._values) and value == self._values[-1]
-        began = not self._values or (not repeated and self._turned(value)) or self._crowded(name, repeated)
-        if began:
-            self._values = [value]
-            self._ordinals = {}
-        elif not repeated:
-            self._values.append(value)
-            self._ordinals = {}
-        self._ordinals[name] = self._ordinals.get(name, -1) + 1
-        return began, len(self._values) - 1, self._ordinals[name]
-
-    def _turned(self, value: float) -> bool:
-        if len(self._values) < 2:
-            return False
-        return (value - self._values[-1]) * (self._values[-1] - self._values[0]) < 0
-
-    def _crowded(self, name: str, repeated: bool) -> bool:
-        return repeated and self._ordinals.get(name, -1) + 1 >= self.MOST_BRANCHES
-
-
-def _argument_reader(denoiser: Denoiser) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """Return the function that finds the timestep among a call's arguments."""
-    name = denoiser.spec.timestep
-    parameters = list(inspect.signature(denoiser.module.forward).parameters)
-    position = parameters.index(name) if name in parameters else None
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in kwargs or position is None:
-            return kwargs.get(name)
-        return args[position] if position < len(args) else None
-
-    return read
-
-
-def _can_be_watched(scheduler: object) -> bool:
-    return all(callable(getattr(scheduler, method, None)) for method in ("set_timesteps", "step"))
-
-
-def _on_gpu(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
-
-
-def _host(value: Any) -> float:
-    """The timestep as a number; of a batch, the first."""
-    return float(value.flatten()[0].item()) if isinstance(value, torch.Tensor) else float(value or 0.0)
