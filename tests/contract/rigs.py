@@ -45,7 +45,7 @@ class Rig:
             if index == stop_at:
                 raise InterruptedError
             given = list(latents) if isinstance(inputs[name], list) else latents
-            time = {self.spec.timestep: timestep.float().expand(latents.shape[0])}
+            time = {self.spec.timestep: timestep.expand(latents.shape[0])}
             output = _stacked(self.call({**inputs, name: given, **time}))
             latents = self.scheduler.step(output[:, : latents.shape[1]], timestep, latents, return_dict=False)[0]
         picture = self.vae.decode(latents.flatten()[:256].reshape(1, 4, 8, 8), return_dict=False)[0]  # pyright: ignore

@@ -3,5 +3,8 @@
 from hasten.cache.deep_cache import DeepCache
 from hasten.cache.first_block import FirstBlockCache
 from hasten.cache.fora import FORA
+from hasten.cache.mag_cache import MagCache
+from hasten.cache.sea_cache import SeaCache
+from hasten.cache.tea_cache import TeaCache
 
-__all__ = ["FORA", "DeepCache", "FirstBlockCache"]
+__all__ = ["FORA", "DeepCache", "FirstBlockCache", "MagCache", "SeaCache", "TeaCache"]

@@ -130,6 +130,11 @@ class DenoiserSpec:
     """Name of the timestep argument."""
     latents: str = "hidden_states"
     """Name of the argument that holds the noisy picture (or a list of pictures)."""
+    unpack: Callable[[Mapping[str, Any]], torch.Tensor | None] | None = None
+    """From a call's arguments by name, the noisy picture as [batch, channels, rows, columns].
+
+    None where `latents` has such a form itself. It returns None when the arguments do not say how tokens lie.
+    """
     released: Mapping[str, Released] = field(default_factory=dict[str, Released])
     latent_channels: str = "in_channels"
     """Configuration key of the number of channels of the denoiser's input."""

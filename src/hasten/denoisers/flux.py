@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
-from hasten.denoisers._inputs import grid_ids, normal
+from hasten.denoisers._inputs import grid_ids, normal, unpacked
 
 __all__ = ["FLUX"]
 
@@ -37,6 +37,14 @@ def _double_indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tenso
 def _single_indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     """What the attention of a single-stream block sees of the picture; the modulation acts on each token alone."""
     return block.norm(given["hidden_states"], emb=given["temb"])[0]  # pyright: ignore
+
+
+def _unpack(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """Ids are (picture, row, column) for each token; reference pictures have other numbers than 0."""
+    ids = given["img_ids"]
+    own = ids[..., 0].flatten() == 0
+    rows, columns = (int(number) + 1 for number in (ids.reshape(-1, 3)[:, 1:] * own[:, None]).amax(0).tolist())
+    return unpacked(given["hidden_states"], rows, columns)
 
 
 def _released(name: str, *, guidance_embeds: bool, steps: int, text_tokens: int) -> Released:
@@ -109,6 +117,7 @@ FLUX = DenoiserSpec(
         "single_transformer_blocks.*.norm.linear",
         "norm_out.linear",
     ),
+    unpack=_unpack,
     released={
         "FLUX.1-dev": _released("FLUX.1-dev", guidance_embeds=True, steps=28, text_tokens=512),
         "FLUX.1-schnell": _released("FLUX.1-schnell", guidance_embeds=False, steps=4, text_tokens=256),
