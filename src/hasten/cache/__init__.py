@@ -5,8 +5,23 @@ from hasten.cache.db_cache import DBCache
 from hasten.cache.deep_cache import DeepCache
 from hasten.cache.first_block import FirstBlockCache
 from hasten.cache.fora import FORA
+from hasten.cache.mag_cache import MagCache
+from hasten.cache.sea_cache import SeaCache
 from hasten.cache.skip_guidance import SkipGuidance
 from hasten.cache.step_mask import StepMask
 from hasten.cache.taylor_seer import TaylorSeer
+from hasten.cache.tea_cache import TeaCache
 
-__all__ = ["FORA", "AdaCache", "DBCache", "DeepCache", "FirstBlockCache", "SkipGuidance", "StepMask", "TaylorSeer"]
+__all__ = [
+    "FORA",
+    "AdaCache",
+    "DBCache",
+    "DeepCache",
+    "FirstBlockCache",
+    "MagCache",
+    "SeaCache",
+    "SkipGuidance",
+    "StepMask",
+    "TaylorSeer",
+    "TeaCache",
+]

@@ -141,7 +141,8 @@ class Runner:
         if moment.step != self._decision.step:
             decided = self._policy.decide(moment)
             if self._policy.looks_at == "input":
-                observed = self._policy.observe(moment, self._picture(given))
+                picture = self._picture(given)
+                observed = picture is None or self._policy.observe(moment, picture)
                 decided = observed if decided is None else decided
             self._decision = _Decision(moment.step, moment.branch, decided is not False, obstacle)
             if self._policy.looks_at == "front":
@@ -175,7 +176,7 @@ class Runner:
             self._policy.computed(moment, kept, lambda: self._guessed(earlier, moment, given))
         elif decides:
             self._policy.reused(moment)
-        reason = "" if self._decision.wanted else reason or self._decision.obstacle
+        reason = self._policy.trouble if self._decision.wanted else reason or self._decision.obstacle
         self._statistics.record(self._denoiser.name, moment, full=full, reason=reason)
 
     def _remember(self, history: History, moment: Moment, kept: Value | None) -> None:
@@ -191,7 +192,10 @@ class Runner:
     def _guessed(self, earlier: tuple[Snapshot, ...], moment: Moment, given: Given) -> Value | None:
         return self._guess.guess(earlier, moment, given) if earlier else None
 
-    def _picture(self, given: Given) -> torch.Tensor:
-        """The noisy picture of a call, as one batch."""
-        value = given[self._denoiser.spec.latents]
+    def _picture(self, given: Given) -> torch.Tensor | None:
+        """The noisy picture of a call, as one batch; None where its layout cannot be told."""
+        spec = self._denoiser.spec
+        if spec.unpack is not None:
+            return spec.unpack(given)
+        value = given[spec.latents]
         return value if isinstance(value, torch.Tensor) else torch.stack(tree_leaves(value))
