@@ -138,7 +138,7 @@ class Simulation:
         step, state, velocity = node
         clean = state - self.grid.flow_time[step] * velocity
         epsilon = state + (1 - self.grid.flow_time[step]) * velocity
-        if rule.quantity == "clean":
+        if self._is_clean(rule):
             return clean
         if rule.quantity == "velocity" or self.grid.prediction == "flow_prediction":
             return velocity
@@ -147,7 +147,7 @@ class Simulation:
     def velocity(self, rule: Rule, value: Floats, state: Floats, step: int) -> Floats:
         """The velocity at `state` if the rule's quantity is `value` there."""
         s, alpha, sigma = self.grid.flow_time[step], self.grid.alpha[step], self.grid.sigma[step]
-        if rule.quantity == "clean":
+        if self._is_clean(rule):
             return (state - value) / s
         if rule.quantity == "velocity" or self.grid.prediction == "flow_prediction":
             return value
@@ -155,6 +155,9 @@ class Simulation:
             return (value - state) / (1 - s)
         x = state * (alpha + sigma)  # x0 = (alpha*x - sigma*v)/(alpha^2+sigma^2)
         return (state - (alpha * x - sigma * value) / (alpha**2 + sigma**2)) / s
+
+    def _is_clean(self, rule: Rule) -> bool:
+        return rule.quantity == "clean" or (rule.quantity == "output" and self.grid.prediction == "sample")
 
     def _v(self, clean: Floats, epsilon: Floats, step: int) -> Floats:
         return self.grid.alpha[step] * epsilon - self.grid.sigma[step] * clean

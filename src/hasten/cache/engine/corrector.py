@@ -71,35 +71,29 @@ class Corrector:
         if not self._statistics.complete(moment):
             self._guessed.append(point)
             return output, sample
-        shift = self._shift(point, facts)
-        self._computed = [*self._computed, point][-3:]
+        moved = self._corrected(point, output, sample, facts)
+        self._computed = [] if moment.last else [*self._computed, point][-3:]
         self._guessed = []
-        if moment.last:
-            self._computed = []
-        return (output, sample) if shift is None else self._moved(output, sample, shift, facts)
+        return moved
 
-    def _shift(self, landed: Point, facts: SamplerFacts) -> torch.Tensor | None:
-        """What the state xh lacks at the landing; None where nothing can or should be corrected."""
+    def _corrected(
+        self, landed: Point, output: torch.Tensor, sample: torch.Tensor, facts: SamplerFacts
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rule = self._rule(landed)
+        if rule is None:
+            return output, sample
+        self._statistics.notes[AGAIN] += 1
+        shift = integrated_again(rule, self._computed, self._guessed, landed, facts)
+        return _moved(output, sample, landed, shift, rule, facts)
+
+    def _rule(self, landed: Point) -> Rule | None:
+        """The rule of the segment that ends here; None where nothing can or should be corrected."""
         course, start = self._courses.now, self._computed[-1].step if self._computed else -1
         steps = [point.step for point in self._guessed]
         if course is None or start < 0 or not steps or steps != list(range(start + 1, landed.step)):
             return None
         rule = course.rule(start)
-        if not rule.correct:
-            return None
-        self._statistics.notes[AGAIN] += 1
-        return integrated_again(rule, self._computed, self._guessed, landed, facts)
-
-    def _moved(
-        self, output: torch.Tensor, sample: torch.Tensor, shift: torch.Tensor, facts: SamplerFacts
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The corrected sample, and the output that means the same velocity there."""
-        step = self._clock.now.step
-        level = facts.levels[step]
-        of_output, of_picture = mixing(level, facts.prediction, "flow_prediction")
-        changed = output.float() - (of_picture / of_output * level.scale) * shift
-        moved = sample.float() + shift / facts.factors[step]
-        return changed.to(output.dtype), moved.to(sample.dtype)
+        return rule if rule.correct else None
 
 
 def integrated_again(
@@ -121,6 +115,18 @@ def integrated_again(
         of_state, of_velocity = facts.move(point.step)
         shift = of_state * shift + of_velocity * (velocity - point.velocity)
     return shift
+
+
+def _moved(
+    output: torch.Tensor, sample: torch.Tensor, landed: Point, shift: torch.Tensor, rule: Rule, facts: SamplerFacts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The corrected sample, and the output that means the same quantity there."""
+    level = facts.levels[landed.step]
+    velocity = _velocity(rule, _quantity(rule, landed, facts), landed.state + shift, landed.step, facts)
+    of_output, of_picture = mixing(level, facts.prediction, "flow_prediction")
+    change = (velocity - landed.velocity - (of_picture * level.scale) * shift) / of_output
+    moved = sample.float() + shift / facts.factors[landed.step]
+    return (output.float() + change).to(output.dtype), moved.to(sample.dtype)
 
 
 def _point(step: int, output: torch.Tensor, sample: torch.Tensor, facts: SamplerFacts) -> Point:

@@ -35,7 +35,8 @@ class Rule:
 
     With `correct` the skipped steps are integrated again as soon as the next output is known, with values
     interpolated between the true outputs at both ends (the corrector idea of UniPC, arXiv:2302.04867).
-    That output itself was computed at the uncorrected state and is not computed again.
+    That output itself was computed at the uncorrected state and is not computed again; at the corrected state its
+    `quantity` is taken to be the same.
 
     `trust` is the part of the extrapolated change that is believed, from 1 to 0 (hold). Under strong guidance and
     over wide gaps half of it is better than all (measured on the bundled models).

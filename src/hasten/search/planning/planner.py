@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -98,8 +99,19 @@ class Planner:
 
     def plans(self) -> dict[int, Plan]:
         """The plan with the least predicted error for every number of full steps that the reach allows."""
-        budgets = sorted(self._wide.free)
-        return {full: self._plan(self._best(full), "dp") for full in budgets}
+        return {full: self._plan(self._best(full), "dp") for full in sorted(self._wide.free)}
+
+    @functools.cached_property
+    def steady(self) -> Planner:
+        """The planner with the rules for the velocity alone, or this one if it has no such rule of order 0 or 1.
+
+        Forecasts of x0 are predicted too well: where the approximated state has left the path they react more. On
+        mixtures of Gaussians, plans of velocity rules are equal at half of the steps and 3 to 7 dB better below,
+        so that they are the ones to use unmeasured.
+        """
+        rules = tuple(rule for rule in self.rules if rule.quantity == "velocity")
+        usable = rules != self.rules and any(rule.order < 2 for rule in rules)
+        return dataclasses.replace(self, rules=rules) if usable else self
 
     def candidates(self, full_steps: int) -> tuple[Plan, ...]:
         """What is worth running for real: planned schedules, free or with one rule, and the uniform one with each.
@@ -109,7 +121,7 @@ class Planner:
         """
         self._check(full_steps)
         rules = self._usable(full_steps)
-        planned = [self._best(full_steps), self._wide.free[full_steps]]
+        planned = [self._best(full_steps), self._wide.free[full_steps], self.steady._best(full_steps)]
         planned += [found for rule in rules if (found := self._tables(rule).single(rule).get(full_steps))]
         plans = [self._plan(found, "dp") for found in planned]
         plans += [plan for rule in rules if (plan := self.uniform(full_steps, rule)) is not None]
@@ -122,13 +134,35 @@ class Planner:
         cost = self._tables(rule).cost(rule, compute)
         return self._plan(Ruled(compute, (rule,) * full_steps, cost), "uniform") if math.isfinite(cost) else None
 
-    def solver_answer(self, steps: int, solver: Solver = "dpmpp_2m", goal: Goal = "converge") -> SolverAnswer:
-        """The best recorded nodes as the `steps` steps of `solver`, whose final state should meet the `goal`."""
+    def solver_candidates(
+        self, steps: int, solver: Solver = "dpmpp_2m", goal: Goal = "converge"
+    ) -> tuple[SolverAnswer, SolverAnswer]:
+        """`steps` recorded nodes as the steps of `solver`, to meet the `goal` at the end: the best and uniform ones.
+
+        Both are worth running for real. Raises InvalidSetting for a number of steps that cannot be planned.
+        """
         self._check(steps)
-        found = schedules(solver_costs(self.pooled, solver, goal, self.gains, self.reach))[steps]
-        times = tuple(self.grid.flow_time[node] for node in (*found.compute, self.grid.steps))
-        predicted = self._decibels(found.cost)
-        return SolverAnswer(solver=solver, steps=steps, nodes=found.compute, flow_time=times, predicted_db=predicted)
+        table, level = solver_costs(self.pooled, solver, goal, self.gains, self.reach), uniform(self.grid.steps, steps)
+        best = schedules(table)[steps]
+        return (
+            self._answer(solver, goal, best.compute, best.cost, "dp"),
+            self._answer(solver, goal, level, schedule_cost(table, level), "uniform"),
+        )
+
+    def _answer(
+        self, solver: Solver, goal: Goal, nodes: tuple[int, ...], cost: float, origin: Literal["dp", "uniform"]
+    ) -> SolverAnswer:
+        times = tuple(self.grid.flow_time[node] for node in (*nodes, self.grid.steps))
+        predicted = self._decibels(cost) if math.isfinite(cost) else None
+        return SolverAnswer(
+            solver=solver,
+            goal=goal,
+            origin=origin,
+            steps=len(nodes),
+            nodes=nodes,
+            flow_time=times,
+            predicted_db=predicted,
+        )
 
     @functools.cached_property
     def pooled(self) -> Path:

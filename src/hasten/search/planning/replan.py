@@ -25,13 +25,16 @@ def planner_of(file: PlanFile) -> Planner:
 
 
 def standing_plans(planner: Planner) -> tuple[Plan, ...]:
-    """What a plan file holds before anything is measured: for each number of full steps the planned and a uniform plan.
+    """What a plan file holds before anything is measured, for each number of full steps.
 
-    The planned one is chosen. The uniform one is that with the least predicted error.
+    The plan of velocity rules, which is chosen; the plan with the least predicted error over all rules; and the
+    uniform plan with the least predicted error.
     """
     found: list[Plan] = []
+    steady = planner.steady.plans()
     for full_steps, plan in planner.plans().items():
-        found.append(plan.model_copy(update={"chosen": True}))
         level = [one for rule in planner.rules if (one := planner.uniform(full_steps, rule)) is not None]
         found += sorted(level, key=lambda one: -(one.predicted_db or 0.0))[:1]
+        found += [plan] if plan.rules != steady[full_steps].rules else []
+        found.append(steady[full_steps].model_copy(update={"chosen": True}))
     return tuple(found)
