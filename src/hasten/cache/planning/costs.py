@@ -17,8 +17,8 @@ import numpy as np
 
 from hasten.cache.engine.records import Floats
 from hasten.cache.engine.rules import Rule
-from hasten.search.planning.path import Path
-from hasten.search.planning.segments import Forecast, Ints, corrector_nodes, predictor_nodes
+from hasten.cache.planning.path import Path
+from hasten.cache.planning.segments import Forecast, Ints, corrector_nodes, predictor_nodes
 
 KAPPA = 0.4
 """How much of the predictor's error stays after a correction, relative to the landing error (measured, small nets)."""

@@ -14,11 +14,11 @@ import numpy as np
 from hasten.cache.engine.records import Floats, Goal, Grid, Plan, SeedRecord, Solver, SolverAnswer
 from hasten.cache.engine.rules import VARIABLES, Quantity, Rule
 from hasten.core.errors import InvalidSetting
-from hasten.search.planning.costs import Costs
-from hasten.search.planning.dynamic import schedule_cost, schedules
-from hasten.search.planning.nodes import solver_costs
-from hasten.search.planning.path import Path, path_of
-from hasten.search.planning.tables import Ruled, Tables
+from hasten.cache.planning.costs import Costs
+from hasten.cache.planning.dynamic import schedule_cost, schedules
+from hasten.cache.planning.nodes import solver_costs
+from hasten.cache.planning.path import Path, path_of
+from hasten.cache.planning.tables import Ruled, Tables
 
 HOLD = Rule("velocity", "index", 0)
 DEFAULT = Rule("velocity", "index", 1, correct=True)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hasten.cache.engine.records import Floats
 from hasten.cache.engine.rules import Quantity, Rule, Variable
-from hasten.search.planning.path import Path
+from hasten.cache.planning.path import Path
 
 Ints = NDArray[np.intp]
 
