@@ -6,6 +6,7 @@ from hasten.cache.deep_cache import DeepCache
 from hasten.cache.first_block import FirstBlockCache
 from hasten.cache.fora import FORA
 from hasten.cache.mag_cache import MagCache
+from hasten.cache.output_forecast import OutputForecast
 from hasten.cache.sea_cache import SeaCache
 from hasten.cache.skip_guidance import SkipGuidance
 from hasten.cache.step_mask import StepMask
@@ -19,6 +20,7 @@ __all__ = [
     "DeepCache",
     "FirstBlockCache",
     "MagCache",
+    "OutputForecast",
     "SeaCache",
     "SkipGuidance",
     "StepMask",

@@ -125,6 +125,8 @@ class DenoiserSpec:
     attention: tuple[str, ...] = ()
     """Classes of the attention modules."""
     guidance: Guidance = "batched"
+    sign: int = 1
+    """What pipelines multiply the output with before they hand it to the scheduler: 1 or -1."""
     conditional: Side = "last"
     """Which half of a guided batch follows the prompt; with separate calls, which call of a step."""
     modulation: tuple[str, ...] = ()

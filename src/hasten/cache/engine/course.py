@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hasten.cache.engine.rules import Rule
+from hasten.cache.engine.rules import Quantity, Rule
 from hasten.core.clock import Clock
 from hasten.core.sampler import SamplerFacts
 
@@ -26,7 +26,7 @@ class Course:
         return self.rules[max(bisect.bisect_right(self.compute, start) - 1, 0)]
 
     @property
-    def quantities(self) -> tuple[str, ...]:
+    def quantities(self) -> tuple[Quantity, ...]:
         """What has to be remembered of computed outputs."""
         return tuple(sorted({rule.quantity for rule in self.rules}))
 

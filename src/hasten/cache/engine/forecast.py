@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from hasten.cache.engine.course import UNKNOWN, Courses
 from hasten.cache.engine.guess import Hold
 from hasten.cache.engine.history import Snapshot
-from hasten.cache.engine.rules import Quantity, Rule, position, weights
+from hasten.cache.engine.rules import Quantity, Rule, position
 from hasten.cache.engine.site import Value
 from hasten.cache.engine.values import combine
 from hasten.core.clock import Clock, Moment
@@ -24,7 +24,7 @@ FORMS: Mapping[Quantity, Prediction] = {"velocity": "flow_prediction", "clean": 
 
 def form_of(quantity: Quantity, prediction: Prediction) -> Prediction:
     """The prediction type that is the same as a quantity, for a denoiser of this prediction type."""
-    return FORMS.get(quantity, prediction)
+    return prediction if quantity == "output" else FORMS[quantity]
 
 
 class Forecast(Hold):
@@ -53,8 +53,9 @@ class Forecast(Hold):
             return {}
         wide = [leaf.float() if _floats(leaf) else leaf for leaf in value]
         prediction = self._prediction
-        forms = [(name, form_of(name, prediction)) for name in course.quantities]
-        return {name: self._turned(wide, at, given, prediction, form) for name, form in forms}
+        return {
+            name: self._turned(wide, at, given, prediction, form_of(name, prediction)) for name in course.quantities
+        }
 
     def guess(self, kept: Sequence[Snapshot], at: Moment, given: Mapping[str, Any]) -> list[Any]:
         """The forecast output: leaves in the denoiser's own form and types."""
@@ -65,7 +66,7 @@ class Forecast(Hold):
     def forecast(self, kept: Sequence[Snapshot], at: Moment) -> list[Any]:
         """The forecast in the rule's quantity."""
         rule = self.rule(kept)
-        factors = weights([_place(rule, snapshot.moment) for snapshot in kept], _place(rule, at), rule.order)
+        factors = rule.weights([_place(rule, snapshot.moment) for snapshot in kept], _place(rule, at))
         used = kept[-len(factors) :]
         return list(combine(factors, [snapshot.value[rule.quantity] for snapshot in used]))
 

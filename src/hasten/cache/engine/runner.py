@@ -132,6 +132,8 @@ class Runner:
         """Why the sampler makes guesses worthless that take its path to be smooth."""
         if self._clock.noisy and (self._guess.smooth or isinstance(self._site, OutputSite)):
             return NOISE
+        if reason := self._guess.obstacle(moment):
+            return reason
         levels = [snapshot.moment.level for snapshot in history.snapshots] + [moment.level]
         known = [level for level in levels if level is not None]
         return SEVERAL if self._guess.smooth and len(set(known)) < len(known) else ""
@@ -190,7 +192,10 @@ class Runner:
             history.forget()  # the memory is wanted for decoding the picture
 
     def _guessed(self, earlier: tuple[Snapshot, ...], moment: Moment, given: Given) -> Value | None:
-        return self._guess.guess(earlier, moment, given) if earlier else None
+        """The guess for a computed step, as it would be remembered; None where there could be none."""
+        if not earlier or self._guess.obstacle(moment):
+            return None
+        return self._guess.encode(self._guess.guess(earlier, moment, given), moment, given)
 
     def _picture(self, given: Given) -> torch.Tensor | None:
         """The noisy picture of a call, as one batch; None where its layout cannot be told."""

@@ -80,7 +80,9 @@ class Costs:
         nodes, back = np.unique(predictor_nodes(history, rule), axis=0, return_inverse=True)
         squares = np.zeros((len(nodes), self.span))
         ends = np.minimum(nodes[:, -1] + self.span, self.path.grid.steps)
-        for landing in Forecast(self.path, rule.quantity, rule.variable, rule.trust).landings(nodes[:, -1], nodes, ends):
+        for landing in Forecast(self.path, rule.quantity, rule.variable, rule.trust).landings(
+            nodes[:, -1], nodes, ends
+        ):
             squares[landing.segments, landing.gap - 1] = _squared(landing.errors)
         return squares[back.reshape(-1)]
 

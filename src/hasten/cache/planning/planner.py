@@ -13,12 +13,12 @@ import numpy as np
 
 from hasten.cache.engine.records import Floats, Goal, Grid, Plan, SeedRecord, Solver, SolverAnswer
 from hasten.cache.engine.rules import VARIABLES, Quantity, Rule
-from hasten.core.errors import InvalidSetting
 from hasten.cache.planning.costs import Costs
 from hasten.cache.planning.dynamic import schedule_cost, schedules
 from hasten.cache.planning.nodes import solver_costs
 from hasten.cache.planning.path import Path, path_of
 from hasten.cache.planning.tables import Ruled, Tables
+from hasten.core.errors import InvalidSetting
 
 HOLD = Rule("velocity", "index", 0)
 DEFAULT = Rule("velocity", "index", 1, correct=True)
