@@ -1,0 +1,1 @@
+"""Search: calibration, plans, and the choice among recipes by measurement."""
