@@ -20,7 +20,7 @@ from hasten.core.technique import about
 if TYPE_CHECKING:
     from hasten.cache.engine.model_data import TeaCacheSet
 
-SEEN = {"modulated_input", "projected_time_embedding"}
+SEEN = {"declared", "modulated_input", "projected_time_embedding"}
 """What specifications of transformers declare as indicator."""
 
 
@@ -73,9 +73,9 @@ class TeaCache(Cache):
         except HastenError as error:
             yield str(error)
             return
-        looks_at = {"first_layer"} if denoiser.spec.unet else SEEN
-        if chosen.indicator not in looks_at:
-            fitted, here = chosen.indicator.replace("_", " "), " or ".join(sorted(looks_at)).replace("_", " ")
+        if chosen.indicator not in ({"first_layer"} if denoiser.spec.unet else SEEN):
+            fitted = chosen.indicator.replace("_", " ")
+            here = "first layer's output" if denoiser.spec.unet else "modulated input"
             yield f"coefficients={self.coefficients!r} were fitted to the {fitted}; here the {here} is compared."
 
     def site(self, denoiser: Denoiser) -> Site:
@@ -89,14 +89,14 @@ class TeaCache(Cache):
         inner = AccumulatedChange(self.threshold, looks_at="front", rate=Polynomial(chosen), group=group)
         first = chosen.first if self.first is None else self.first
         last = chosen.last if self.last is None else self.last
-        return Guarded(inner, mask=lambda step, steps: _compulsory(step, steps, first, last))
+        return Guarded(inner, mask=lambda step, steps: compulsory(step, steps, first, last))
 
     def _chosen(self, denoiser: Denoiser) -> TeaCacheSet:
         from hasten.cache.engine.model_data import TEACACHE, Provenance, TeaCacheSet
 
         if isinstance(self.coefficients, str):
             return TEACACHE.choose(self.coefficients, denoiser)
-        indicator = "first_layer" if denoiser.spec.unet else "modulated_input"
+        indicator = "first_layer" if denoiser.spec.unet else "declared"
         given = Provenance(by="the user")
         return TeaCacheSet(models=(), coefficients=self.coefficients, indicator=indicator, provenance=given)
 
@@ -117,7 +117,8 @@ class Polynomial:
         return total
 
 
-def _compulsory(step: int, steps: int | None, first: float, last: int) -> bool:
+def compulsory(step: int, steps: int | None, first: float, last: int) -> bool:
+    """Is a step among the first or the last ones that are computed? A `first` below 1 is a share of the steps."""
     if steps is None:
         return step < max(first, 1)
     return step < (first if first >= 1 else first * steps) or step >= steps - last

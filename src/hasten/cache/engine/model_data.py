@@ -20,7 +20,10 @@ from hasten.core.identity import config_hash, names_of, released_as
 from hasten.core.target import Denoiser
 
 AUTO = "auto"
-Indicator = Literal["modulated_input", "projected_time_embedding", "time_embedding", "timestep", "first_layer"]
+Indicator = Literal[
+    "declared", "modulated_input", "projected_time_embedding", "time_embedding", "timestep", "first_layer"
+]
+"""What is compared; `declared` is what the architecture's specification declares, `first_layer` that of a U-Net."""
 Quantity = Literal["residual", "deep_feature"]
 
 
@@ -65,7 +68,7 @@ class TeaCacheSet(ModelSet):
 
     coefficients: Annotated[tuple[float, ...], Field(min_length=1)]
     indicator: Indicator = "modulated_input"
-    first: NonNegativeFloat = 1
+    first: NonNegativeInt | NonNegativeFloat = 1
     last: NonNegativeInt = 1
     range: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
     r_squared: float | None = None
