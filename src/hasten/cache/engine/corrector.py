@@ -67,7 +67,7 @@ class Corrector:
             self._request, self._computed, self._guessed = moment.request, [], []
         if moment.step >= facts.steps:
             return output, sample
-        point = _point(moment.step, output, sample, facts)
+        point = point_at(moment.step, output, sample, facts)
         if not self._statistics.complete(moment):
             self._guessed.append(point)
             return output, sample
@@ -129,7 +129,8 @@ def _moved(
     return (output.float() + change).to(output.dtype), moved.to(sample.dtype)
 
 
-def _point(step: int, output: torch.Tensor, sample: torch.Tensor, facts: SamplerFacts) -> Point:
+def point_at(step: int, output: torch.Tensor, sample: torch.Tensor, facts: SamplerFacts) -> Point:
+    """A step as the scheduler is given it."""
     level = facts.levels[step]
     state = sample.float() * facts.factors[step]
     of_output, of_picture = mixing(level, facts.prediction, "flow_prediction")

@@ -45,7 +45,13 @@ def default_rules(grid: Grid, order: int = 1) -> tuple[Rule, ...]:
         for variable in VARIABLES
         if not (correct and quantity == "output")
     ]
-    return (HOLD, *found) if order == 1 else tuple(found)
+    return (HOLD, *found, *_cautious(grid)) if order == 1 else tuple(found)
+
+
+def _cautious(grid: Grid) -> tuple[Rule, ...]:
+    """Half of the extrapolated change: predicted worse, and often better where outputs have left the recorded path."""
+    plain = Rule("velocity", "index", 1, trust=0.5)
+    return (plain, dataclasses.replace(plain, correct=True)) if grid.solver == "euler" else (plain,)
 
 
 def uniform(steps: int, full_steps: int) -> tuple[int, ...]:
