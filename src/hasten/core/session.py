@@ -70,7 +70,8 @@ class Session:
 
     def describe(self) -> str:
         """What was changed and where, and what shows that it works."""
-        lines = [f"{self.target.title}: {len(self._patches)} techniques applied"]
+        count = len(self._patches)
+        lines = [f"{self.target.title}: {count} technique{'' if count == 1 else 's'} applied"]
         for technique, patch in self._patches:
             lines.append(f"{short(technique)}")
             lines += [f"    {line}" for line in summarize(patch.log)]

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from hasten.core.errors import HastenError, Refused
-from hasten.core.files import atomic_write_bytes, ensure_folder
+from hasten.core.files import atomic_write_bytes, ensure_writable
 from hasten.core.recipe import Recipe, as_recipe
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
@@ -21,6 +21,7 @@ from hasten.core.technique import Technique
 from hasten.core.workload import Workload
 from hasten.measure.comparison import Comparison, Kind, Row, WorkloadRecord
 from hasten.measure.environment import environment
+from hasten.measure.folder import pictures_in, remove_pictures
 from hasten.measure.progress import Progress, Silent
 from hasten.measure.quality import Fidelity, mean_fidelity
 from hasten.measure.rendering import native_size
@@ -71,7 +72,7 @@ def compare(
     """
     if not workload.prompts:
         raise HastenError("A comparison needs at least one prompt.")
-    folder = ensure_folder(out) if out is not None else None
+    folder = ensure_writable(out) if out is not None else None
     job = _Job(pipeline, workload, max(runs, 1), folder, progress or Silent(), title or type(pipeline).__name__)
     named = [_named(recipe) for recipe in recipes]
     try:
@@ -80,9 +81,11 @@ def compare(
         job.interrupted = True
     comparison = _comparison(job)
     if folder is not None:
+        earlier = pictures_in(folder)
         comparison = comparison.in_folder(folder)
         comparison.to_json(folder / "comparison.json")
         comparison.to_html(folder / "report.html")
+        remove_pictures(earlier - pictures_in(folder))
     return comparison
 
 

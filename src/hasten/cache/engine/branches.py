@@ -32,6 +32,8 @@ class BranchSite:
     What is reused is a branch's output before the gate; shift, scale and gate follow the present timestep.
     """
 
+    afresh: tuple[str, ...] = ()
+
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
         self._cells: list[_Cell] = []

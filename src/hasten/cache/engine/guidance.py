@@ -98,7 +98,7 @@ class GuidanceRunner:
 
     def kind(self, given: Given) -> object:
         """What must not change between computing and reusing."""
-        return kind_of_call(given, self.denoiser.spec.timestep, self.denoiser.module)
+        return kind_of_call(given, (self.denoiser.spec.timestep,), self.denoiser.module)
 
     def choose(self, moment: Moment, history: History, obstacle: str) -> tuple[Choice, str]:
         """What to do at this step, and why it must be computed although the schedule would leave it out."""

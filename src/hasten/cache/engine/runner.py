@@ -107,7 +107,8 @@ class Runner:
     def _obstacle(self, moment: Moment, history: History, given: Given) -> str:
         """Why this call must be computed whatever the policy says; empty when it need not."""
         swapped = self._swapped(moment, given)
-        if history.admit(kind_of_call(given, self._denoiser.spec.timestep, self._denoiser.module)):
+        varying = (self._denoiser.spec.timestep, *self._site.afresh)
+        if history.admit(kind_of_call(given, varying, self._denoiser.module)):
             return CHANGED
         if swapped:
             history.forget()
