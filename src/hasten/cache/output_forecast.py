@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from hasten.cache.engine.controller import ErrorControl
-from hasten.cache.engine.course import Course, Courses, graded
+from hasten.cache.engine.course import BEND, Course, Courses, graded
 from hasten.cache.engine.forecast_preset import ForecastCache
-from hasten.cache.engine.policy import Policy
+from hasten.cache.engine.policy import Guarded, Policy
 from hasten.cache.engine.rules import Rule
 from hasten.cache.engine.statistics import Statistics
 from hasten.core.clock import Clock
@@ -25,9 +26,10 @@ Variable = Literal["index", "flow_time", "angle"]
 
 @dataclass(frozen=True, kw_only=True)
 class OutputForecast(ForecastCache):
-    """Computes every `interval`-th step, or `full_steps` steps evenly, and forecasts the others without the network.
+    """Computes one in `interval` steps, or `full_steps` in all, and forecasts the others without the network.
 
-    The output is extrapolated as the velocity of a rectified flow, whatever the network predicts, and converted back
+    Computed are the first step, the last one, and steps between them that lie closer at the beginning (`bend`), where
+    outputs change fastest. The output is extrapolated as the velocity of a rectified flow, whatever the network predicts, and converted back
     with the noise level. With `correct`, each stretch of forecast steps is integrated again through the next true
     output: exact for samplers that are Euler in flow time (flow matching, DDIM, Euler), left out for others. With a
     `tolerance` nothing is fixed beforehand: each computed step shows how wrong the forecast was, and harder pictures
@@ -36,15 +38,18 @@ class OutputForecast(ForecastCache):
 
     paper: ClassVar[str] = "multistep extrapolation; corrector after UniPC (NeurIPS 2023), arXiv:2302.04867"
 
-    interval: int = field(default=2, metadata=about("every how many steps is computed", ge=1, off=1, budget="interval"))
+    interval: int = field(default=2, metadata=about("every how many steps is computed, on average", ge=1, off=1))
     full_steps: int | None = field(
-        default=None, metadata=about("how many steps are computed, in place of an interval", ge=1)
+        default=None, metadata=about("how many steps are computed, in place of an interval", ge=1, budget="count")
     )
     order: int = field(
         default=1,
         metadata=about("degree of the extrapolation; 0 holds; 2 is for half of the steps or more", ge=0, le=2),
     )
     quantity: Quantity = field(default="velocity", metadata=about("what is extrapolated: velocity, clean or output"))
+    bend: float = field(
+        default=BEND, metadata=about("how much denser computed steps lie at the beginning; 1 is even", ge=1.0, le=3.0)
+    )
     variable: Variable = field(default="index", metadata=about("along what: index, flow_time or angle"))
     trust: float = field(
         default=0.5, metadata=about("how much of the extrapolated change is believed; 0 holds", ge=0.0, le=1.0)
@@ -73,10 +78,8 @@ class OutputForecast(ForecastCache):
         return Rule(self.quantity, self.variable, order, self.correct, self.trust)
 
     def schedule(self, steps: int) -> tuple[int, ...]:
-        """Every `interval`-th step, or so many at even distances."""
-        if self.full_steps is None:
-            return tuple(range(0, steps, self.interval))
-        return graded(steps, self.full_steps, 1.0)
+        """From the first step to the last, denser at the beginning."""
+        return graded(steps, self.full_steps or math.ceil(steps / self.interval), self.bend)
 
     def snapshots(self) -> int:
         """One more than the order."""
@@ -93,7 +96,9 @@ class OutputForecast(ForecastCache):
 
     def control(self, courses: Courses, clock: Clock) -> Policy:
         """The schedule, or the errors of the forecasts."""
-        return super().control(courses, clock) if self.tolerance is None else ErrorControl(self.tolerance, clock)
+        if self.tolerance is None:
+            return super().control(courses, clock)
+        return Guarded(ErrorControl(self.tolerance, clock), compute_last=True)
 
     def policy(self, denoiser: Denoiser) -> Policy:
         """As far as it is known beforehand."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from hasten.cache.engine.course import BEND, graded
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.records import Plan
 from hasten.cache.engine.rules import Rule
@@ -22,6 +23,9 @@ RULES = (
 )
 """Single rules that are tried, with planned and with uniform steps."""
 
+GRADED_RULES = (RULES[3], RULES[2], RULES[1])
+"""Rules that are tried with the schedule that is used without calibration."""
+
 
 def budgets(steps: int) -> tuple[int, ...]:
     """Numbers of full steps that are tried, most first."""
@@ -30,13 +34,15 @@ def budgets(steps: int) -> tuple[int, ...]:
 
 
 def shortlist(planner: Planner, full_steps: int) -> Iterator[Plan]:
-    """The planned and the uniform schedule with each single rule, and the two best with a rule for each gap."""
+    """The planned and the uniform schedule with single rules, the uncalibrated one, and the best with mixed rules."""
     candidates = planner.candidates(full_steps)
     mixed = [plan for plan in candidates if len(set(plan.rules)) > 1]
     single = {(plan.origin, plan.rules[0]): plan for plan in candidates if len(set(plan.rules)) == 1}
     wanted = [(origin, str(rule)) for rule in RULES for origin in ("dp", "uniform")]
-    yield from mixed[:2]
-    yield from (single[one] for one in wanted if one in single)
+    even = [planner.given(graded(planner.grid.steps, full_steps, BEND), rule) for rule in GRADED_RULES]
+    found = [*mixed[:1], *(plan for plan in even if plan), *(single[one] for one in wanted if one in single)]
+    unique = {(plan.compute, plan.rules): plan for plan in reversed(found)}
+    yield from reversed(unique.values())
 
 
 def by_likeness(made: PlanFile, planner: Planner, winners: Mapping[int, Plan]) -> PlanFile:

@@ -136,9 +136,12 @@ class Planner:
 
     def uniform(self, full_steps: int, rule: Rule = DEFAULT) -> Plan | None:
         """The uniform plan with one rule; None where its gaps are wider than the planner looks."""
-        compute = uniform(self.grid.steps, full_steps)
+        return self.given(uniform(self.grid.steps, full_steps), rule)
+
+    def given(self, compute: tuple[int, ...], rule: Rule) -> Plan | None:
+        """The plan with these full steps and one rule; None where its gaps are wider than the planner looks."""
         cost = self._tables(rule).cost(rule, compute)
-        return self._plan(Ruled(compute, (rule,) * full_steps, cost), "uniform") if math.isfinite(cost) else None
+        return self._plan(Ruled(compute, (rule,) * len(compute), cost), "uniform") if math.isfinite(cost) else None
 
     def solver_candidates(
         self, steps: int, solver: Solver = "dpmpp_2m", goal: Goal = "converge"
