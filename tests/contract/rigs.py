@@ -61,7 +61,7 @@ class Rig:
         name, count = self.spec.latents, len(given[self.spec.latents])
         batch = latents.expand(count, *latents.shape[1:]).clone() if count > 1 else latents
         picture = list(batch) if isinstance(given[name], list) else batch
-        time = {self.spec.timestep: timestep.float().expand(count)}
+        time = {self.spec.timestep: timestep.expand(count)}
         return _stacked(self.call({**given, name: picture, **time}))
 
     def _guided(self, outputs: list[torch.Tensor]) -> torch.Tensor:

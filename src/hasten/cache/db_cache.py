@@ -36,7 +36,13 @@ class DBCache(Cache):
     back: int = field(default=0, metadata=about("blocks that are always computed last (Bn)", ge=0))
     threshold: float = field(
         default=0.08,
-        metadata=about("relative change of the front's residual below which is reused", ge=0.0, off=0.0, trial=10.0),
+        metadata=about(
+            "relative change of the front's residual below which is reused",
+            ge=0.0,
+            off=0.0,
+            trial=10.0,
+            budget="threshold",
+        ),
     )
     warm_up: int = field(
         default=8, metadata=about("first steps that are always computed; a step mask takes its place", ge=0, trial=1)

@@ -27,7 +27,9 @@ class DeepCache(Cache):
 
     paper: ClassVar[str] = "DeepCache: Accelerating Diffusion Models for Free (CVPR 2024), arXiv:2312.00858"
 
-    interval: int = field(default=3, metadata=about("every how many steps all is computed", ge=1, off=1))
+    interval: int = field(
+        default=3, metadata=about("every how many steps all is computed", ge=1, off=1, budget="interval")
+    )
     branch: int = field(
         default=0, metadata=about("skip connection to cut at; 0 computes least, the largest reuses least", ge=0)
     )

@@ -30,7 +30,11 @@ class FirstBlockCache(Cache):
     threshold: float = field(
         default=0.08,
         metadata=about(
-            "relative change of the first block's residual below which is reused", ge=0.0, off=0.0, trial=10.0
+            "relative change of the first block's residual below which is reused",
+            ge=0.0,
+            off=0.0,
+            trial=10.0,
+            budget="threshold",
         ),
     )
     late: bool = field(

@@ -37,6 +37,9 @@ def compare(
     steps: StepsOption = None,
     size: SizeOption = None,
     guidance: GuidanceOption = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Put all caches at the same number of full steps: 2x, or a number of steps.")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Time each picture so many times.")] = 1,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("hasten-report"),
     device: DeviceOption = None,
@@ -71,7 +74,7 @@ def compare(
     with OnTerminal(out) as progress:
         result = run(
             loaded.pipeline, recipes, workload,
-            runs=runs, out=folder, fewer_steps=fewer_steps, progress=progress, title=loaded.name,
+            runs=runs, out=folder, fewer_steps=fewer_steps, progress=progress, title=loaded.name, budget=budget,
         )  # fmt: skip
     out.print(result.table())
     out.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)

@@ -122,6 +122,11 @@ class Session:
         self.close()
 
 
+def applied_to(denoiser: nn.Module) -> tuple[Technique, ...]:
+    """The techniques of the open sessions on a denoiser, also of one that is just being opened."""
+    return tuple(item for techniques in _APPLIED.get(denoiser, ()) for item in techniques)
+
+
 def accelerate(subject: object, recipe: Recipe | Technique | str) -> Session:
     """Apply a recipe to a diffusers pipeline or a bare denoiser, reversibly.
 

@@ -63,6 +63,8 @@ def about(text: str, **limits: object) -> dict[str, object]:
     """Field metadata: its description and limits (`ge`, `gt`, `le`).
 
     `off=value` is the setting that means "do nothing"; `trial=value` one that surely takes effect on a test model.
+    `budget` marks the parameter that decides how many steps are computed, and how: "count" is that very number,
+    "interval" a whole number that makes them fewer, "threshold" a positive number that makes them fewer.
     """
     return {"about": text, **limits}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from hasten.cache.engine.site import Value
@@ -63,6 +64,17 @@ def kind_of_call(given: Mapping[str, Any], varying: tuple[str, ...], module: nn.
     arguments = [(name, value) for name, value in given.items() if value is not None and not _matches(name, varying)]
     leaves = tuple((name, *map(_essence, tree_leaves(value))) for name, value in arguments)
     return leaves, _adapters(module)
+
+
+def conditioning(given: Mapping[str, Any], *varying: str) -> object:
+    """Which tensors a call is given beside those that vary from step to step: which memory, not which numbers."""
+    others = [value for name, value in given.items() if name not in varying]
+    return tuple(_memory(leaf) for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor))
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    """Tells a tensor's memory from any other: unlike an address, a weak reference never comes to mean something else."""
+    return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hasten.cache.engine.records import Floats, Grid, SeedRecord
+from hasten.cache.planning.path import path_of
+from hasten.cache.planning.segments import Ints, lagrange
 from hasten.core.errors import InvalidSetting
-from hasten.search.planning.path import path_of
-from hasten.search.planning.segments import Ints, lagrange
 
 
 def interpolation(nodes: Floats, at: Floats, degree: int = 3) -> Floats:

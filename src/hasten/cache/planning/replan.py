@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.records import Grid, Plan, PlanKey
-from hasten.search.planning.planner import Planner
-from hasten.search.planning.regrid import regrid, regrid_gains
+from hasten.cache.planning.planner import Planner
+from hasten.cache.planning.regrid import regrid, regrid_gains
 
 
 def replan(file: PlanFile, key: PlanKey, grid: Grid) -> PlanFile:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hasten.cache.engine.records import Floats
-from hasten.search.planning.segments import Ints
+from hasten.cache.planning.segments import Ints
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Schedule:
 def schedules(costs: Floats) -> dict[int, Schedule]:
     """The best schedule for every number of full steps that the table's gaps allow.
 
-    `costs` has the shape that `hasten.search.planning.costs` describes. Of equally good schedules the one with the
+    `costs` has the shape that `hasten.cache.planning.costs` describes. Of equally good schedules the one with the
     smallest gaps at the end is taken, so that the result does not depend on the machine.
     """
     steps, depth = costs.shape[0], costs.ndim - 2

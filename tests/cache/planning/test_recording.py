@@ -12,15 +12,15 @@ import torch
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.records import Goal, Grid, PlanKey, SeedRecord
 from hasten.core.errors import BrokenOutput, InvalidSetting
-from hasten.search.planning.gains import interpolated_gains, landing_gain
-from hasten.search.planning.nodes import converged_states, solver_costs
-from hasten.search.planning.path import Path as SamplerPath
-from hasten.search.planning.planner import Planner
-from hasten.search.planning.recording import Recorder
-from hasten.search.planning.regrid import interpolation, regrid
-from hasten.search.planning.replan import planner_of, replan, standing_plans
-from hasten.search.planning.tables import Tables
-from tests.search.planning.simulation import Mixture, flow_grid, noise, recorded
+from hasten.cache.planning.gains import interpolated_gains, landing_gain
+from hasten.cache.planning.nodes import converged_states, solver_costs
+from hasten.cache.planning.path import Path as SamplerPath
+from hasten.cache.planning.planner import Planner
+from hasten.cache.planning.recording import Recorder
+from hasten.cache.planning.regrid import interpolation, regrid
+from hasten.cache.planning.replan import planner_of, replan, standing_plans
+from hasten.cache.planning.tables import Tables
+from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 FIELD = Mixture()
 GRID = flow_grid(28)
@@ -40,7 +40,7 @@ def records(steps: int = 28) -> tuple[SeedRecord, ...]:
 
 
 def test_a_recorder_keeps_the_inner_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.search.planning.recording.CHUNK", 7)
+    monkeypatch.setattr("hasten.cache.planning.recording.CHUNK", 7)
     made, path = recorder()
     vectors = np.vstack([path.states[:1], path.velocities])
     basis = made.record(seed=0).basis()
@@ -130,7 +130,7 @@ def test_plans_from_another_step_count_are_nearly_native(full: int) -> None:
 
 def cost_of(tables: Tables, compute: tuple[int, ...], rules: tuple[str, ...]) -> float:
     from hasten.cache.engine.rules import parse_rule
-    from hasten.search.planning.dynamic import segment_indices
+    from hasten.cache.planning.dynamic import segment_indices
 
     places = segment_indices(compute, GRID.steps, tables.costs.depth)
     return sum(float(tables._table(parse_rule(rule))[place]) for place, rule in zip(places, rules, strict=True))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from hasten.cache.engine.records import Floats, Goal, Solver
-from hasten.search.planning.path import Path
-from hasten.search.planning.regrid import interpolation
-from hasten.search.planning.segments import Ints
+from hasten.cache.planning.path import Path
+from hasten.cache.planning.regrid import interpolation
+from hasten.cache.planning.segments import Ints
 
 
 def converged_states(path: Path) -> Floats:

@@ -13,12 +13,12 @@ import numpy as np
 
 from hasten.cache.engine.records import Floats, Goal, Grid, Plan, SeedRecord, Solver, SolverAnswer
 from hasten.cache.engine.rules import VARIABLES, Quantity, Rule
+from hasten.cache.planning.costs import Costs
+from hasten.cache.planning.dynamic import schedule_cost, schedules
+from hasten.cache.planning.nodes import solver_costs
+from hasten.cache.planning.path import Path, path_of
+from hasten.cache.planning.tables import Ruled, Tables
 from hasten.core.errors import InvalidSetting
-from hasten.search.planning.costs import Costs
-from hasten.search.planning.dynamic import schedule_cost, schedules
-from hasten.search.planning.nodes import solver_costs
-from hasten.search.planning.path import Path, path_of
-from hasten.search.planning.tables import Ruled, Tables
 
 HOLD = Rule("velocity", "index", 0)
 DEFAULT = Rule("velocity", "index", 1, correct=True)
@@ -45,7 +45,13 @@ def default_rules(grid: Grid, order: int = 1) -> tuple[Rule, ...]:
         for variable in VARIABLES
         if not (correct and quantity == "output")
     ]
-    return (HOLD, *found) if order == 1 else tuple(found)
+    return (HOLD, *found, *_cautious(grid)) if order == 1 else tuple(found)
+
+
+def _cautious(grid: Grid) -> tuple[Rule, ...]:
+    """Half of the extrapolated change: predicted worse, and often better where outputs have left the recorded path."""
+    plain = Rule("velocity", "index", 1, trust=0.5)
+    return (plain, dataclasses.replace(plain, correct=True)) if grid.solver == "euler" else (plain,)
 
 
 def uniform(steps: int, full_steps: int) -> tuple[int, ...]:
@@ -130,9 +136,12 @@ class Planner:
 
     def uniform(self, full_steps: int, rule: Rule = DEFAULT) -> Plan | None:
         """The uniform plan with one rule; None where its gaps are wider than the planner looks."""
-        compute = uniform(self.grid.steps, full_steps)
+        return self.given(uniform(self.grid.steps, full_steps), rule)
+
+    def given(self, compute: tuple[int, ...], rule: Rule) -> Plan | None:
+        """The plan with these full steps and one rule; None where its gaps are wider than the planner looks."""
         cost = self._tables(rule).cost(rule, compute)
-        return self._plan(Ruled(compute, (rule,) * full_steps, cost), "uniform") if math.isfinite(cost) else None
+        return self._plan(Ruled(compute, (rule,) * len(compute), cost), "uniform") if math.isfinite(cost) else None
 
     def solver_candidates(
         self, steps: int, solver: Solver = "dpmpp_2m", goal: Goal = "converge"

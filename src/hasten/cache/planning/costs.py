@@ -17,8 +17,8 @@ import numpy as np
 
 from hasten.cache.engine.records import Floats
 from hasten.cache.engine.rules import Rule
-from hasten.search.planning.path import Path
-from hasten.search.planning.segments import Forecast, Ints, corrector_nodes, predictor_nodes
+from hasten.cache.planning.path import Path
+from hasten.cache.planning.segments import Forecast, Ints, corrector_nodes, predictor_nodes
 
 KAPPA = 0.4
 """How much of the predictor's error stays after a correction, relative to the landing error (measured, small nets)."""
@@ -80,7 +80,9 @@ class Costs:
         nodes, back = np.unique(predictor_nodes(history, rule), axis=0, return_inverse=True)
         squares = np.zeros((len(nodes), self.span))
         ends = np.minimum(nodes[:, -1] + self.span, self.path.grid.steps)
-        for landing in Forecast(self.path, rule.quantity, rule.variable).landings(nodes[:, -1], nodes, ends):
+        for landing in Forecast(self.path, rule.quantity, rule.variable, rule.trust).landings(
+            nodes[:, -1], nodes, ends
+        ):
             squares[landing.segments, landing.gap - 1] = _squared(landing.errors)
         return squares[back.reshape(-1)]
 

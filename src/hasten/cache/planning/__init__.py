@@ -2,11 +2,11 @@
 
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.records import Grid, Plan, PlanKey, SeedRecord, SolverAnswer
-from hasten.search.planning.gains import interpolated_gains, landing_gain
-from hasten.search.planning.planner import Planner, default_rules, neighbours, uniform
-from hasten.search.planning.recording import Recorder
-from hasten.search.planning.regrid import regrid
-from hasten.search.planning.replan import planner_of, replan, standing_plans
+from hasten.cache.planning.gains import interpolated_gains, landing_gain
+from hasten.cache.planning.planner import Planner, default_rules, neighbours, uniform
+from hasten.cache.planning.recording import Recorder
+from hasten.cache.planning.regrid import regrid
+from hasten.cache.planning.replan import planner_of, replan, standing_plans
 
 __all__ = [
     "Grid",

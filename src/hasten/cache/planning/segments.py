@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hasten.cache.engine.records import Floats
 from hasten.cache.engine.rules import Quantity, Rule, Variable
-from hasten.search.planning.path import Path
+from hasten.cache.planning.path import Path
 
 Ints = NDArray[np.intp]
 
@@ -52,6 +52,7 @@ class Forecast:
     path: Path
     quantity: Quantity
     variable: Variable
+    trust: float = 1.0
 
     def landings(self, starts: Ints, nodes: Ints, ends: Ints) -> Iterator[Landings]:
         """Yield the landing errors at gaps 2, 3, ... of segments that begin at `starts`, (n,).
@@ -70,7 +71,8 @@ class Forecast:
             if not len(active):
                 return
             step = starts[active] + gap - 1
-            mix = lagrange(place[nodes[active]], place[step])
+            mix = self.trust * lagrange(place[nodes[active]], place[step])
+            mix[:, -1] += 1 - self.trust
             wrong = np.einsum("nh,nhd->nd", mix, snapshots[active]) - values[step]
             clean = self._clean_error(state, wrong, step, a, b)
             state, before = self._advance(state, clean, before, step), clean
@@ -111,7 +113,7 @@ def segment_error(path: Path, compute: tuple[int, ...], number: int, rule: Rule)
     start, steps = compute[number], path.grid.steps
     end = compute[number + 1] if number + 1 < len(compute) else steps
     history, starts, ends = np.array([compute[: number + 1]]), np.array([start]), np.array([end])
-    forecast = Forecast(path, rule.quantity, rule.variable)
+    forecast = Forecast(path, rule.quantity, rule.variable, rule.trust)
     predicted = _last(forecast.landings(starts, predictor_nodes(history, rule), ends), path)
     if not rule.correct or end == steps:
         return predicted, predicted

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from hasten.cache.engine.records import Floats
 from hasten.cache.engine.rules import Rule
-from hasten.search.planning.costs import Costs, lowest
-from hasten.search.planning.dynamic import Schedule, schedule_cost, schedules
+from hasten.cache.planning.costs import Costs, lowest
+from hasten.cache.planning.dynamic import Schedule, schedule_cost, schedules
 
 
 @dataclass(frozen=True)

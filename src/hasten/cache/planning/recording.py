@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from hasten.cache.engine.records import Floats, Grid, SeedRecord
+from hasten.cache.planning.path import Path
 from hasten.core.errors import BrokenOutput, InvalidSetting
-from hasten.search.planning.path import Path
 
 CHUNK = 1 << 18
 """Elements that are converted to float64 at a time."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from hasten.cache.engine.records import Floats, Grid
 from hasten.cache.engine.rules import Rule, position, weights
-from hasten.search.planning.path import Path, Update
+from hasten.cache.planning.path import Path, Update
 
 
 class Mixture:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.cache.engine.rules import Rule
-from hasten.search.planning.costs import Costs, lowest
-from hasten.search.planning.dynamic import schedule_cost, schedules, segment_indices
-from hasten.search.planning.path import Path
-from hasten.search.planning.segments import segment_error
-from tests.search.planning.simulation import Mixture, flow_grid, noise, recorded
+from hasten.cache.planning.costs import Costs, lowest
+from hasten.cache.planning.dynamic import schedule_cost, schedules, segment_indices
+from hasten.cache.planning.path import Path
+from hasten.cache.planning.segments import segment_error
+from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 T = 8
 RULES = (
