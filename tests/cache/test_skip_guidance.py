@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.rigs import Rig, make, plain_output
 
 from hasten.cache.engine.guidance import GuidanceSchedule
 from hasten.cache.first_block import FirstBlockCache
@@ -19,6 +18,7 @@ from hasten.core.session import accelerate
 from hasten.core.spec import InputSize
 from hasten.core.target import Target
 from hasten.core.workload import Workload
+from tests.contract.rigs import Rig, make, plain_output
 
 BATCHED = [name for name, spec in specs().items() if spec.guidance == "batched"]
 SEPARATE = [name for name, spec in specs().items() if spec.guidance == "separate"]

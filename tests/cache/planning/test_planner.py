@@ -9,10 +9,10 @@ import pytest
 
 from hasten.cache.engine.records import Floats, Grid, Plan, SeedRecord, Solver
 from hasten.cache.engine.rules import Rule
-from hasten.core.errors import InvalidSetting
 from hasten.cache.planning.planner import DEFAULT, HOLD, Planner, default_rules, neighbours, uniform
 from hasten.cache.planning.replan import standing_plans
 from hasten.cache.planning.segments import segment_error
+from hasten.core.errors import InvalidSetting
 from tests.cache.planning.simulation import Mixture, Simulation, flow_grid, gains, noise, recorded
 
 FIELD = Mixture()
