@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -83,11 +84,18 @@ def _essence(leaf: Any) -> object:
 
 
 def _adapters(module: nn.Module) -> object:
-    """Names, choice and strength of the LoRA adapters that PEFT has put into a denoiser."""
-    if not getattr(module, "peft_config", None):
+    """Names, choice and strength of the LoRA adapters that PEFT has put into a denoiser, also layer by layer."""
+    configurations = list(cast("dict[str, object]", getattr(module, "peft_config", None) or {}).values())
+    if not configurations:
         return ()
-    layer: Any = next((part for part in module.modules() if hasattr(part, "active_adapters")), None)
-    if layer is None:
-        return ()
-    scaling: dict[str, float] = getattr(layer, "scaling", {})
-    return tuple(layer.active_adapters), tuple(scaling.items()), bool(getattr(layer, "disable_adapters", False))
+    known, layers = _TUNED.get(module, ([], []))
+    if not (len(known) == len(configurations) and all(a is b for a, b in zip(known, configurations, strict=True))):
+        layers = [part for part in module.modules() if isinstance(getattr(part, "scaling", None), dict)]
+        _TUNED[module] = configurations, layers
+    strengths = tuple(tuple(layer.scaling.items()) for layer in layers)
+    return strengths, [(layer.active_adapters, layer.disable_adapters, layer.merged) for layer in layers[:1]]
+
+
+_TUNED: WeakKeyDictionary[nn.Module, tuple[list[object], list[Any]]] = WeakKeyDictionary()
+"""The tuned layers of each denoiser, and the adapter configurations for which they were looked up: finding them takes
+longer than a reused step may."""
