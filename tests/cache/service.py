@@ -157,7 +157,9 @@ class Service:
             if request.calls_are_doubled(step):
                 arguments = {key: _doubled(key, value) for key, value in arguments.items()}
             like = arguments[self.spec.timestep]
-            arguments[self.spec.timestep] = (timestep / (1000 if like.is_floating_point() else 1)).to(like).expand(like.shape)
+            arguments[self.spec.timestep] = (
+                (timestep / (1000 if like.is_floating_point() else 1)).to(like).expand(like.shape)
+            )
             outputs.append(self._call(request, step, label, arguments))
         return outputs
 
@@ -216,7 +218,7 @@ def check(calls: list[Call]) -> None:
             assert own[-1] >= latest, f"{call} reuses step {own[-1]} though step {latest} was computed"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=128)
 def served_afresh(architecture: str, seed: int, technique: Technique | None, request: Request) -> list[torch.Tensor]:
     """The outputs of a request that nothing came before, on a pipeline with the technique, or an untouched one."""
     from hasten.core.session import accelerate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ def conditioning(given: Mapping[str, Any], *varying: str) -> object:
 
 
 def _memory(tensor: torch.Tensor) -> object:
-    """Tells a tensor's memory from any other: unlike an address, a weak reference never comes to mean something else."""
+    """Tells a tensor's memory from any other; unlike an address, it never comes to mean something else."""
     return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
 
 
@@ -90,12 +90,13 @@ def _adapters(module: nn.Module) -> object:
         return ()
     known, layers = _TUNED.get(module, ([], []))
     if not (len(known) == len(configurations) and all(a is b for a, b in zip(known, configurations, strict=True))):
-        layers = [part for part in module.modules() if isinstance(getattr(part, "scaling", None), dict)]
+        layers = [ref(part) for part in module.modules() if isinstance(getattr(part, "scaling", None), dict)]
         _TUNED[module] = configurations, layers
-    strengths = tuple(tuple(layer.scaling.items()) for layer in layers)
-    return strengths, [(layer.active_adapters, layer.disable_adapters, layer.merged) for layer in layers[:1]]
+    tuned: list[Any] = [layer for each in layers if (layer := each()) is not None]
+    strengths = tuple(tuple(layer.scaling.items()) for layer in tuned)
+    return strengths, [(layer.active_adapters, layer.disable_adapters, layer.merged) for layer in tuned[:1]]
 
 
-_TUNED: WeakKeyDictionary[nn.Module, tuple[list[object], list[Any]]] = WeakKeyDictionary()
+_TUNED: WeakKeyDictionary[nn.Module, tuple[list[object], list[ref[nn.Module]]]] = WeakKeyDictionary()
 """The tuned layers of each denoiser, and the adapter configurations for which they were looked up: finding them takes
-longer than a reused step may."""
+longer than a reused step may. Layers can lead back to the denoiser, through hooks; so they are not held."""
