@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from tests.contract.rigs import moved
 from torch import nn
 
 from hasten.core.registry import specs

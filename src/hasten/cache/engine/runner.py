@@ -121,7 +121,7 @@ class Runner:
         return self._unpredictable(moment, history)
 
     def _swapped(self, moment: Moment, given: Given) -> bool:
-        """Does this branch come with what another came with before? Without names, one that is dropped shifts others."""
+        """Does this branch come with what another came with before? Unnamed branches shift when one is dropped."""
         spec = self._denoiser.spec
         now, before = conditioning(given, spec.timestep, spec.latents), self._texts.get(moment.branch)
         others = [text for branch, text in self._texts.items() if branch != moment.branch]
