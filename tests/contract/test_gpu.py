@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from hasten.core.recipe import Recipe
+from hasten.core.registry import techniques
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
+from hasten.core.technique import Stage, Technique
 from tests.contract.rigs import TECHNIQUES, Rig, fingerprint, make, refusals, trial
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,9 +40,9 @@ class Watched(Rig):
             self.waits += [str(w.message) for w in caught if "synchroniz" in str(w.message)]
 
 
-def waits(rig: Rig, *names: str) -> int:
+def waits(rig: Rig, *recipe: Technique) -> int:
     watched = Watched(rig)
-    with watched.accelerated(*map(trial, names)):
+    with watched.accelerated(*recipe):
         watched.run()
         watched.waits.clear()
         watched.run(prompt=1)
@@ -49,35 +52,51 @@ def waits(rig: Rig, *names: str) -> int:
 @pytest.mark.parametrize("architecture", ON)
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_a_step_does_not_wait_for_the_gpu(name: str, architecture: str) -> None:
-    if refusals(trial(name), make(architecture).to("cuda")) or type(trial(name)).syncs:
+    if refusals(trial(name), make(architecture).to("cuda")) or trial(name).waits():
         pytest.skip("refused, or declares that it waits")
-    assert waits(make(architecture).to("cuda"), name) <= waits(make(architecture).to("cuda"))
+    assert waits(make(architecture).to("cuda"), trial(name)) <= waits(make(architecture).to("cuda"))
+
+
+@pytest.mark.parametrize("architecture", ON)
+@pytest.mark.parametrize("name", ["FirstBlockCache", "DBCache"])
+def test_a_late_decision_does_not_wait_either(name: str, architecture: str) -> None:
+    """Whoever decides in the step itself waits once a step: that shows that the test would notice."""
+    late, waiting = (replace(trial(name), late=late, threshold=0.1) for late in (True, False))  # pyright: ignore
+    plain = waits(make(architecture).to("cuda"))
+    assert waits(make(architecture).to("cuda"), late) <= plain
+    assert waits(make(architecture).to("cuda"), waiting) > plain
 
 
 @pytest.mark.parametrize("architecture", ON)
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_it_works_and_comes_off(name: str, architecture: str) -> None:
-    rig = make(architecture).to("cuda")
-    if refusals(trial(name), rig):
+    technique, rig = trial(name), make(architecture).to("cuda")
+    if refusals(technique, rig):
         pytest.skip("refused")
     torch.use_deterministic_algorithms(False)
     plain, before = rig.run(), fingerprint(rig)
-    with rig.accelerated(trial(name)) as session:
+    with rig.accelerated(technique) as session:
         assert rig.run().isfinite().all()
-        assert trial(name).engaged(session).summary
+        assert technique.engaged(session).summary
     assert fingerprint(rig)[1:] == before[1:]
     assert torch.allclose(rig.run(), plain, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("architecture", ON)
-def test_inductor_compiles_every_cache(architecture: str) -> None:
+def test_inductor_compiles_every_cache(architecture: str, mode: str) -> None:
+    """The second mode replays CUDA graphs, whose outputs must not be kept."""
     from hasten.compilation import CompileBlocks
 
-    caches = [name for name in TECHNIQUES if name in ("FORA", "FirstBlockCache", "DeepCache")]
-    for name in caches:
-        rig, recipe = make(architecture).to("cuda"), Recipe((CompileBlocks(), trial(name)))
-        if resolve(recipe, Target.of(rig)).refusals:
+    compiled: Any = CompileBlocks(mode=mode)  # pyright: ignore[reportArgumentType]
+    for name in [name for name, cls in techniques().items() if cls.stage == Stage.CACHE]:
+        rig, cache = make(architecture).to("cuda"), trial(name)
+        if resolve(Recipe((compiled, cache)), Target.of(rig)).refusals:
             continue
-        with rig.accelerated(*recipe) as session:
-            assert rig.run().isfinite().all()
+        with rig.accelerated(cache):
+            eager = [rig.run(), rig.run(steps=5, prompt=1)]
+        with rig.accelerated(compiled, cache) as session:
+            outputs = [rig.run(), rig.run(steps=5, prompt=1)]
             assert len(session.evidence()) == 2
+        for output, expected in zip(outputs, eager, strict=True):
+            torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-2, msg=f"{name} {mode}")

@@ -50,7 +50,10 @@ class TaylorSeer(Cache):
     paper: ClassVar[str] = "TaylorSeer: From Reusing to Forecasting (ICCV 2025), arXiv:2503.06923"
 
     interval: int = field(
-        default=5, metadata=about("every how many steps all is computed after the warm-up", ge=1, off=1, trial=2)
+        default=5,
+        metadata=about(
+            "every how many steps all is computed after the warm-up", ge=1, off=1, trial=2, budget="interval"
+        ),
     )
     order: int = field(default=1, metadata=about("degree of the Taylor series; 0 reuses as it is", ge=0, le=3))
     warm_up: int = field(default=3, metadata=about("first steps that are computed", ge=1, trial=1))

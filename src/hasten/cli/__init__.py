@@ -1,10 +1,10 @@
-"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`."""
+"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`, `calibrate`."""
 
 from __future__ import annotations
 
 import typer
 
-from hasten.cli import compare, generate, inspect, techniques
+from hasten.cli import calibrate, compare, generate, inspect, techniques
 
 app = typer.Typer(
     name="hasten",
@@ -18,6 +18,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("techniques")(techniques.techniques)
+app.command("calibrate")(calibrate.calibrate)
 
 
 def main() -> None:

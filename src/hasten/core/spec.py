@@ -11,6 +11,7 @@ from torch import nn
 
 Config = Mapping[str, Any]
 Guidance = Literal["embedded", "batched", "separate", "none"]
+Side = Literal["first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Stack:
     indicator: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = field(default=None, hash=False)
     """Computes, from a block of the stack and its arguments by name, the modulated input of its first branch.
 
-    Of the first block it tells how much the present step differs from the last, before any block has run.
+    Of the first block it tells how much the present step differs from the last, before any block has run. Where
+    the method's authors look at the time embedding instead, so does the specification.
     """
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -123,12 +125,21 @@ class DenoiserSpec:
     attention: tuple[str, ...] = ()
     """Classes of the attention modules."""
     guidance: Guidance = "batched"
+    sign: int = 1
+    """What pipelines multiply the output with before they hand it to the scheduler: 1 or -1."""
+    conditional: Side = "last"
+    """Which half of a guided batch follows the prompt; with separate calls, which call of a step."""
     modulation: tuple[str, ...] = ()
     """Glob patterns of the linears that depend on timestep (and pooled text) alone."""
     timestep: str = "timestep"
     """Name of the timestep argument."""
     latents: str = "hidden_states"
     """Name of the argument that holds the noisy picture (or a list of pictures)."""
+    unpack: Callable[[Mapping[str, Any]], torch.Tensor | None] | None = None
+    """From a call's arguments by name, the noisy picture as [batch, channels, rows, columns].
+
+    None where `latents` has such a form itself. It returns None when the arguments do not say how tokens lie.
+    """
     released: Mapping[str, Released] = field(default_factory=dict[str, Released])
     frames_per_token: int = 0
     """How many latent frames a token spans, in a model of videos whose latents are [B, C, frames, height, width]."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
@@ -19,6 +21,12 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
         "timestep": torch.full((size.batch,), 500),
         "class_labels": torch.randint(config["num_embeds_ada_norm"], (size.batch,), generator=generator),
     }
+
+
+def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """What the first attention sees: the picture, normalized and modulated by timestep and class."""
+    picture = given["hidden_states"]
+    return block.norm1(picture, given["timestep"], given["class_labels"], hidden_dtype=picture.dtype)[0]  # pyright: ignore
 
 
 def _released(pixels: int) -> Released:
@@ -68,10 +76,12 @@ DIT = DenoiserSpec(
             returns=("hidden_states",),
             denoised="hidden_states",
             branches=("attn1", "ff"),
+            indicator=_indicator,
         ),
     ),
     repeated_blocks=("BasicTransformerBlock",),
     attention=("Attention",),
+    conditional="first",
     modulation=(
         "transformer_blocks.*.norm1.emb.timestep_embedder.linear_?",
         "transformer_blocks.*.norm1.linear",

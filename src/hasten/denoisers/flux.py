@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
-from hasten.denoisers._inputs import grid_ids, normal
+from hasten.denoisers._inputs import grid_ids, normal, unpacked
 
 __all__ = ["FLUX"]
 
@@ -25,6 +27,24 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
     if config.get("guidance_embeds"):
         given["guidance"] = torch.full((size.batch,), 3.5)
     return given
+
+
+def _double_indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """What the attention of a double-stream block sees of the picture."""
+    return block.norm1(given["hidden_states"], emb=given["temb"])[0]  # pyright: ignore
+
+
+def _single_indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """What the attention of a single-stream block sees of the picture; the modulation acts on each token alone."""
+    return block.norm(given["hidden_states"], emb=given["temb"])[0]  # pyright: ignore
+
+
+def _unpack(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """Ids are (picture, row, column) for each token; reference pictures have other numbers than 0."""
+    ids = given["img_ids"]
+    own = ids[..., 0].flatten() == 0
+    rows, columns = (int(number) + 1 for number in (ids.reshape(-1, 3)[:, 1:] * own[:, None]).amax(0).tolist())
+    return unpacked(given["hidden_states"], rows, columns)
 
 
 def _released(name: str, *, guidance_embeds: bool, steps: int, text_tokens: int) -> Released:
@@ -74,6 +94,7 @@ FLUX = DenoiserSpec(
             returns=("encoder_hidden_states", "hidden_states"),
             denoised="hidden_states",
             branches=("attn", "ff", "ff_context"),
+            indicator=_double_indicator,
         ),
         Stack(
             path="single_transformer_blocks",
@@ -83,6 +104,7 @@ FLUX = DenoiserSpec(
             denoised="hidden_states",
             branches=("proj_out",),  # projects attention and feed-forward together
             feeders={"proj_out": ("attn", "proj_mlp")},
+            indicator=_single_indicator,
         ),
     ),
     repeated_blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
@@ -95,6 +117,7 @@ FLUX = DenoiserSpec(
         "single_transformer_blocks.*.norm.linear",
         "norm_out.linear",
     ),
+    unpack=_unpack,
     released={
         "FLUX.1-dev": _released("FLUX.1-dev", guidance_embeds=True, steps=28, text_tokens=512),
         "FLUX.1-schnell": _released("FLUX.1-schnell", guidance_embeds=False, steps=4, text_tokens=256),

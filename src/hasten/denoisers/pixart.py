@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
@@ -30,6 +32,14 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
         "timestep": torch.full((size.batch,), 500),
         "added_cond_kwargs": sizes if has_sizes else {"resolution": None, "aspect_ratio": None},
     }
+
+
+def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """What the first attention sees: `timestep` holds the modulation that all blocks share, plus the block's table."""
+    module: Any = block
+    picture = given["hidden_states"]
+    shift, scale, *_ = (module.scale_shift_table[None] + given["timestep"].reshape(len(picture), 6, -1)).chunk(6, dim=1)
+    return module.norm1(picture) * (1 + scale) + shift
 
 
 def _released(name: str, *, pixels: int, text_tokens: int, sizes: bool, pipeline: str) -> Released:
@@ -80,6 +90,7 @@ PIXART = DenoiserSpec(
             returns=("hidden_states",),
             denoised="hidden_states",
             branches=("attn1", "attn2", "ff"),
+            indicator=_indicator,
         ),
     ),
     repeated_blocks=("BasicTransformerBlock",),

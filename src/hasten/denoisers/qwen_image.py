@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
-from hasten.denoisers._inputs import normal
+from hasten.denoisers._inputs import normal, unpacked
 
 __all__ = ["QWEN_IMAGE"]
 
@@ -21,6 +23,20 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
         "timestep": torch.full((size.batch,), 0.5),
         "img_shapes": [[(1, height, width)]] * size.batch,
     }
+
+
+def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """What the joint attention sees of the picture."""
+    module: Any = block
+    modulation = module.img_mod(given["temb"]).chunk(2, dim=-1)[0]
+    return module._modulate(module.img_norm1(given["hidden_states"]), modulation, given.get("modulate_index"))[0]
+
+
+def _unpack(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """Shapes are (frames, rows, columns) in tokens; an edited picture's own shape comes first in a list of several."""
+    shapes = given["img_shapes"]
+    shape = shapes[0] if isinstance(shapes[0], tuple) else shapes[0][0]
+    return unpacked(given["hidden_states"], *shape[1:]) if shape[0] == 1 else None
 
 
 QWEN_IMAGE = DenoiserSpec(
@@ -45,17 +61,20 @@ QWEN_IMAGE = DenoiserSpec(
             returns=("encoder_hidden_states", "hidden_states"),
             denoised="hidden_states",
             branches=("attn", "img_mlp", "txt_mlp"),
+            indicator=_indicator,
         ),
     ),
     repeated_blocks=("QwenImageTransformerBlock",),
     attention=("Attention",),
     guidance="separate",
+    conditional="first",
     modulation=(
         "time_text_embed.timestep_embedder.linear_?",
         "transformer_blocks.*.img_mod.1",
         "transformer_blocks.*.txt_mod.1",
         "norm_out.linear",
     ),
+    unpack=_unpack,
     released={
         "Qwen-Image": Released(
             config={

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
@@ -19,6 +21,11 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
         "pooled_projections": normal(generator, size.batch, config["pooled_projection_dim"]),
         "timestep": torch.full((size.batch,), 500.0),
     }
+
+
+def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """What the joint attention sees of the picture."""
+    return block.norm1(given["hidden_states"], emb=given["temb"])[0]  # pyright: ignore
 
 
 def _released(
@@ -77,6 +84,7 @@ SD3 = DenoiserSpec(
             returns=("encoder_hidden_states", "hidden_states"),
             denoised="hidden_states",
             branches=("attn", "attn2", "ff", "ff_context"),
+            indicator=_indicator,
         ),
     ),
     repeated_blocks=("JointTransformerBlock",),

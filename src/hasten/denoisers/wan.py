@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
@@ -18,6 +20,11 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
         "timestep": torch.full((size.batch,), 500),
         "encoder_hidden_states": normal(generator, size.batch, size.text_tokens, config["text_dim"]),
     }
+
+
+def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """The projected time embedding [batch, 6, width], as published: it depends on neither picture nor prompt."""
+    return given["temb"]
 
 
 def _config(*, layers: int, heads: int, ffn: int, channels: int = 16) -> Config:
@@ -78,12 +85,14 @@ WAN = DenoiserSpec(
             returns=("hidden_states",),
             denoised="hidden_states",
             branches=("attn1", "attn2", "ffn"),
+            indicator=_indicator,
         ),
     ),
     repeated_blocks=("WanTransformerBlock",),
     attention=("WanAttention",),
     guidance="separate",
     frames_per_token=1,
+    conditional="first",
     modulation=("condition_embedder.time_embedder.linear_?", "condition_embedder.time_proj"),
     released={
         "Wan2.1-T2V-1.3B": _released("Wan2.1-T2V-1.3B", _SMALL, width=832, height=480, steps=50, frames=81),

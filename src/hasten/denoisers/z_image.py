@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
@@ -21,6 +23,14 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
         "t": torch.full((size.batch,), 0.5),
         "cap_feats": [normal(generator, *text) for _ in range(size.batch)],
     }
+
+
+def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
+    """What the attention sees, scaled by the timestep (of the noisy tokens where clean ones are given beside them)."""
+    module: Any = block
+    time = given["adaln_input"] if given.get("noise_mask") is None else given["adaln_noisy"]
+    scale = 1.0 + module.adaLN_modulation(time).unsqueeze(1).chunk(4, dim=2)[0]
+    return module.attention_norm1(given["x"]) * scale
 
 
 def _released(name: str, *, steps: int) -> Released:
@@ -76,10 +86,12 @@ Z_IMAGE = DenoiserSpec(
             returns=("x",),
             denoised="x",
             branches=("attention", "feed_forward"),
+            indicator=_indicator,
         ),
     ),
     repeated_blocks=("ZImageTransformerBlock",),
     attention=("Attention",),
+    conditional="first",
     modulation=(
         "t_embedder.mlp.?",
         "noise_refiner.*.adaLN_modulation.0",
@@ -87,6 +99,7 @@ Z_IMAGE = DenoiserSpec(
         "all_final_layer.*.adaLN_modulation.1",
     ),
     timestep="t",
+    sign=-1,
     latents="x",
     released={
         "Z-Image": _released("Z-Image", steps=50),

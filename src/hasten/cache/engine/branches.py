@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hasten.cache.engine.site import Judge
+from hasten.cache.engine.values import owned
 from hasten.core.patch import Patch
 from hasten.core.spec import Stack
 from hasten.core.target import Denoiser
@@ -30,6 +31,8 @@ class BranchSite:
 
     What is reused is a branch's output before the gate; shift, scale and gate follow the present timestep.
     """
+
+    afresh: tuple[str, ...] = ()
 
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
@@ -86,7 +89,7 @@ class BranchSite:
         """The outputs, or None when nothing can be reused: a branch ran twice in the call."""
         outputs = [cell.output for cell in self._cells]
         usable = any(cell.output is not None for cell in self._branches)
-        return outputs if usable and not any(cell.spoilt for cell in self._cells) else None
+        return owned(outputs) if usable and not any(cell.spoilt for cell in self._cells) else None
 
     @property
     def served(self) -> bool:

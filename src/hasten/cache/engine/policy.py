@@ -24,6 +24,11 @@ class Policy:
 
     looks_at: Signal = "nothing"
 
+    @property
+    def trouble(self) -> str:
+        """What kept it from deciding at the latest step, so that it computes; empty when nothing did."""
+        return ""
+
     def decide(self, moment: Moment) -> bool | None:
         """Compute? None leaves it to `observe`."""
         return True
@@ -88,6 +93,11 @@ class Guarded(Policy):
         self._warm_up, self._most, self._last = warm_up, most_reused, compute_last
         self._mask = mask
         self._run = 0
+
+    @property
+    def trouble(self) -> str:
+        """That of the inner policy."""
+        return self._inner.trouble
 
     def decide(self, moment: Moment) -> bool | None:
         """Compute where a limit demands it; otherwise as the inner policy says."""

@@ -169,9 +169,15 @@ class PlanKey(PlanRecord):
 
 
 class SolverAnswer(PlanRecord):
-    """ "Use this solver at these noise levels": `flow_time` are the nodes, one more than there are steps."""
+    """Fewer steps of `solver` at chosen noise levels.
+
+    `nodes` are steps of the recorded grid, `flow_time` their s and the final one. `goal` says what the final state is
+    compared with: the recorded sampler's ("reproduce") or the converged one ("converge").
+    """
 
     solver: Solver
+    goal: Goal
+    origin: Literal["dp", "uniform"]
     steps: PositiveInt
     nodes: tuple[int, ...]
     flow_time: tuple[NonNegativeFloat, ...]

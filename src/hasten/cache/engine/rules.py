@@ -27,7 +27,7 @@ MAX_ORDER = 3
 
 @dataclass(frozen=True)
 class Rule:
-    """A forecast rule, written `quantity/variable/order` with a `c` behind the order when it corrects.
+    """A forecast rule, written `quantity/variable/order`, then `c` when it corrects, then `@trust` below 1.
 
     `quantity` is what is extrapolated: the velocity, the clean sample x0, or the network's own output (epsilon,
     v or velocity, whatever the model predicts). `variable` is along what: the step index, the flow time s, or
@@ -35,13 +35,18 @@ class Rule:
 
     With `correct` the skipped steps are integrated again as soon as the next output is known, with values
     interpolated between the true outputs at both ends (the corrector idea of UniPC, arXiv:2302.04867).
-    That output itself was computed at the uncorrected state and is not computed again.
+    That output itself was computed at the uncorrected state and is not computed again; at the corrected state its
+    `quantity` is taken to be the same.
+
+    `trust` is the part of the extrapolated change that is believed, from 1 to 0 (hold). Under strong guidance and
+    over wide gaps half of it is better than all (measured on the bundled models).
     """
 
     quantity: Quantity = "velocity"
     variable: Variable = "index"
     order: int = 1
     correct: bool = False
+    trust: float = 1.0
 
     def __post_init__(self) -> None:
         if self.quantity not in QUANTITIES:
@@ -49,9 +54,17 @@ class Rule:
         if self.variable not in VARIABLES:
             raise UnknownName("variable to forecast along", str(self.variable), VARIABLES)
         _check_order(self.order)
+        if not 0 <= self.trust <= 1:
+            raise InvalidSetting(f"The trust in a forecast is a number from 0 to 1, not {self.trust!r}.")
 
     def __str__(self) -> str:
-        return f"{self.quantity}/{self.variable}/{self.order}{'c' if self.correct else ''}"
+        trust = "" if self.trust == 1 else f"@{self.trust:g}"
+        return f"{self.quantity}/{self.variable}/{self.order}{'c' if self.correct else ''}{trust}"
+
+    def weights(self, positions: Sequence[float], at: float) -> tuple[float, ...]:
+        """Coefficients of the forecast at `at`, like the function `weights` at full trust."""
+        full = weights(positions, at, self.order)
+        return (*(self.trust * one for one in full[:-1]), self.trust * full[-1] + 1 - self.trust)
 
 
 def parse_rule(text: str) -> Rule:
@@ -60,10 +73,13 @@ def parse_rule(text: str) -> Rule:
     if len(parts) != 3:
         raise InvalidSetting(f"{text!r} is no forecast rule; write quantity/variable/order, such as velocity/index/1c.")
     quantity, variable, order = parts
-    found = re.fullmatch(r"([0-9])(c?)", order, flags=re.ASCII)
-    if found is None:
-        raise InvalidSetting(f"{text!r}: the order must be a digit, or a digit and c for correct, not {order!r}.")
-    return Rule(cast("Quantity", quantity), cast("Variable", variable), int(found[1]), bool(found[2]))
+    found = re.fullmatch(r"([0-9])(c?)(?:@([0-9.]{1,8}))?", order, flags=re.ASCII)
+    if found is None or (found[3] or "0").count(".") > 1 or found[3] == ".":
+        raise InvalidSetting(
+            f"{text!r}: the order must be a digit, then c for correct, then @ and a trust such as @0.5, not {order!r}."
+        )
+    trust = 1.0 if found[3] is None else float(found[3])
+    return Rule(cast("Quantity", quantity), cast("Variable", variable), int(found[1]), bool(found[2]), trust)
 
 
 def position(variable: Variable, step: int, alpha: float, sigma: float) -> float:

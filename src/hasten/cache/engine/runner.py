@@ -106,8 +106,9 @@ class Runner:
 
     def _obstacle(self, moment: Moment, history: History, given: Given) -> str:
         """Why this call must be computed whatever the policy says; empty when it need not."""
-        swapped = self._swapped(moment, given)
-        if history.admit(kind_of_call(given, self._denoiser.spec.timestep, self._denoiser.module)):
+        varying = (self._denoiser.spec.timestep, *self._site.afresh)
+        swapped = self._swapped(moment, given, (self._denoiser.spec.latents, *varying))
+        if history.admit(kind_of_call(given, varying, self._denoiser.module)):
             return CHANGED
         if swapped:
             history.forget()
@@ -120,10 +121,9 @@ class Runner:
             return OTHER_LEADER
         return self._unpredictable(moment, history)
 
-    def _swapped(self, moment: Moment, given: Given) -> bool:
+    def _swapped(self, moment: Moment, given: Given, varying: tuple[str, ...]) -> bool:
         """Does this branch come with what another came with before? Unnamed branches shift when one is dropped."""
-        spec = self._denoiser.spec
-        now, before = conditioning(given, spec.timestep, spec.latents), self._texts.get(moment.branch)
+        now, before = conditioning(given, varying), self._texts.get(moment.branch)
         others = [text for branch, text in self._texts.items() if branch != moment.branch]
         self._texts[moment.branch] = now
         return before is not None and now != before and now in others
@@ -132,6 +132,8 @@ class Runner:
         """Why the sampler makes guesses worthless that take its path to be smooth."""
         if self._clock.noisy and (self._guess.smooth or isinstance(self._site, OutputSite)):
             return NOISE
+        if reason := self._guess.obstacle(moment):
+            return reason
         levels = [snapshot.moment.level for snapshot in history.snapshots] + [moment.level]
         known = [level for level in levels if level is not None]
         return SEVERAL if self._guess.smooth and len(set(known)) < len(known) else ""
@@ -141,7 +143,8 @@ class Runner:
         if moment.step != self._decision.step:
             decided = self._policy.decide(moment)
             if self._policy.looks_at == "input":
-                observed = self._policy.observe(moment, self._picture(given))
+                picture = self._picture(given)
+                observed = picture is None or self._policy.observe(moment, picture)
                 decided = observed if decided is None else decided
             self._decision = _Decision(moment.step, moment.branch, decided is not False, obstacle)
             if self._policy.looks_at == "front":
@@ -175,7 +178,7 @@ class Runner:
             self._policy.computed(moment, kept, lambda: self._guessed(earlier, moment, given))
         elif decides:
             self._policy.reused(moment)
-        reason = "" if self._decision.wanted else reason or self._decision.obstacle
+        reason = self._policy.trouble if self._decision.wanted else reason or self._decision.obstacle
         self._statistics.record(self._denoiser.name, moment, full=full, reason=reason)
 
     def _remember(self, history: History, moment: Moment, kept: Value | None) -> None:
@@ -189,9 +192,15 @@ class Runner:
             history.forget()  # the memory is wanted for decoding the picture
 
     def _guessed(self, earlier: tuple[Snapshot, ...], moment: Moment, given: Given) -> Value | None:
-        return self._guess.guess(earlier, moment, given) if earlier else None
+        """The guess for a computed step, as it would be remembered; None where there could be none."""
+        if not earlier or self._guess.obstacle(moment):
+            return None
+        return self._guess.encode(self._guess.guess(earlier, moment, given), moment, given)
 
-    def _picture(self, given: Given) -> torch.Tensor:
-        """The noisy picture of a call, as one batch."""
-        value = given[self._denoiser.spec.latents]
+    def _picture(self, given: Given) -> torch.Tensor | None:
+        """The noisy picture of a call, as one batch; None where its layout cannot be told."""
+        spec = self._denoiser.spec
+        if spec.unpack is not None:
+            return spec.unpack(given)
+        value = given[spec.latents]
         return value if isinstance(value, torch.Tensor) else torch.stack(tree_leaves(value))

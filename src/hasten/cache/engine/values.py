@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -30,6 +31,24 @@ def _mixed(weights: Sequence[float], leaves: Sequence[Any]) -> Any:
     for weight, leaf in zip(weights[1:], leaves[1:], strict=True):
         total.add_(cast(torch.Tensor, leaf), alpha=weight)
     return total.to(newest.dtype)
+
+
+def owned(value: Value) -> Value:
+    """`value` in memory of its own: the outputs of a CUDA graph are overwritten when the graph runs again."""
+    if not _graphs_run(value):
+        return value
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def _graphs_run(value: Value) -> bool:
+    found = next(tensors(value), None)
+    if found is None or not found.is_cuda:
+        return False
+    module = sys.modules.get("torch._inductor.cudagraph_trees")
+    if module is None:
+        return False
+    manager = module.get_manager(found.device.index or 0, create_if_none_exists=False)
+    return manager is not None
 
 
 def tensors(value: Value) -> Iterator[torch.Tensor]:

@@ -1,0 +1,233 @@
+"""What a reused step costs on a real architecture: `python benchmarks/caching/overhead.py --out overhead.json`.
+
+Random weights (speed does not depend on them), bfloat16, one GPU. Each technique runs whole requests on a fresh
+model object; every denoiser call is timed between two CUDA events, and the statistics of the cache say which calls
+were reused. Beside each stands what its reused step has to compute anyway, timed on the same model with the other
+blocks taken out. Peers run in the same process, on their own fresh objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hasten.cache.engine.work import example_call
+from hasten.core.expression import load_recipe
+from hasten.core.session import accelerate
+from hasten.core.target import Denoiser, Target, find_released
+from hasten.core.workload import Workload
+from hasten.measure.environment import environment
+
+RECIPES = (
+    "",
+    "OutputForecast(interval=3)",
+    "StepMask(mask='100')",
+    "FirstBlockCache(threshold=0.05)",
+    "FirstBlockCache(threshold=10.0)",
+    "FirstBlockCache(threshold=10.0, late=True)",
+    "DBCache(front=8, threshold=10.0, warm_up=1)",
+    "TeaCache(threshold=0.6)",
+    "FORA(interval=3)",
+    "TaylorSeer(interval=3)",
+)
+"""The empty recipe is the plain model."""
+
+
+class Pipeline:
+    """What a technique needs of a pipeline: the denoiser, and a scheduler that is stepped."""
+
+    def __init__(self, denoiser: nn.Module, slot: str) -> None:
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+        self.denoiser = denoiser
+        self.scheduler: Any = FlowMatchEulerDiscreteScheduler() if slot == "transformer" else DDIMScheduler()
+        self.components = {slot: denoiser, "scheduler": self.scheduler}
+
+
+def build(name: str, device: str) -> tuple[Pipeline, dict[str, Any]]:
+    """A pipeline of the released architecture with random weights, and the arguments of a call."""
+    spec, released = find_released(name)
+    torch.set_default_dtype(torch.bfloat16)
+    denoiser = spec.build(released.config, device=device)
+    torch.set_default_dtype(torch.float32)
+    pipeline = Pipeline(denoiser, "unet" if spec.unet else "transformer")
+    target = Target.of(pipeline)
+    target.title = name
+    shapes = example_call(Denoiser("denoiser", denoiser, spec), target, Workload(prompts=("a",)))
+    generator = torch.Generator(device).manual_seed(0)
+    return pipeline, {key: drawn(value, device, generator) for key, value in shapes.items()}
+
+
+def drawn(value: Any, device: str, generator: torch.Generator) -> Any:
+    """Random numbers of the shape and type of a tensor on the meta device."""
+    if isinstance(value, list):
+        return [drawn(item, device, generator) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not value.is_floating_point():
+        return torch.ones(value.shape, dtype=value.dtype, device=device)
+    return torch.randn(value.shape, device=device, generator=generator).to(value.dtype)
+
+
+@torch.no_grad()
+def request(pipeline: Pipeline, arguments: dict[str, Any], steps: int) -> tuple[list[float], float]:
+    """One request; returns milliseconds of each denoiser call, and seconds of all."""
+    spec = Target.of(pipeline).denoisers[0].spec
+    pipeline.scheduler.set_timesteps(steps)
+    spans: list[tuple[Any, Any]] = []
+    picture, began = torch.zeros(1, 4), time.perf_counter()
+    torch.cuda.synchronize()
+    for timestep in pipeline.scheduler.timesteps:
+        like = arguments[spec.timestep]
+        given = arguments | {spec.timestep: (timestep.cuda() / 1000).to(like.dtype).expand(like.shape)}
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        pipeline.denoiser(**given, return_dict=False)
+        last.record()
+        spans.append((first, last))
+        pipeline.scheduler.step(picture, timestep, picture)
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in spans], time.perf_counter() - began
+
+
+def measured(pipeline: Pipeline, arguments: dict[str, Any], recipe: str, steps: int, compiled: bool) -> dict[str, Any]:
+    """Median milliseconds of computed and of reused calls over two requests after a warm-up."""
+    parts = [part for part in (recipe, "CompileBlocks()" if compiled else "") if part]
+    row: dict[str, Any] = {"recipe": recipe or "plain", "compiled": compiled}
+    if not parts:
+        times = [t for _ in range(2) for t in request(pipeline, arguments, steps)[0]]
+        return row | {"computed_ms": statistics.median(times[1:])}
+    with accelerate(pipeline, load_recipe(" | ".join(parts))) as session:
+        request(pipeline, arguments, steps)
+        request(pipeline, arguments, steps)
+        computed: list[float] = []
+        reused: list[float] = []
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            times, _ = request(pipeline, arguments, steps)
+            (full, *_) = [*step_maps(session), (True,) * steps]
+            for flag, value in zip(full, times, strict=True):
+                (computed if flag else reused).append(value)
+        row |= {"evidence": [e.summary for e in session.evidence().values()]}
+    row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    return row | {
+        "computed_ms": statistics.median(computed) if computed else None,
+        "reused_ms": statistics.median(reused) if reused else None,
+        "reused_calls": len(reused),
+    }
+
+
+def step_maps(session: Any) -> Iterator[tuple[bool, ...]]:
+    for evidence in session.evidence().values():
+        yield from evidence.step_map.values()
+
+
+@contextmanager
+def only(pipeline: Pipeline, blocks: int) -> Iterator[None]:
+    """The denoiser with its first blocks alone."""
+    denoiser = Target.of(pipeline).denoisers[0]
+    saved: list[tuple[Any, str, Any]] = []
+    left = blocks
+    for stack in denoiser.spec.stacks:
+        modules = denoiser.stack(stack)
+        saved.append((denoiser.module, stack.path, modules))
+        setattr(denoiser.module, stack.path, nn.ModuleList(list(modules)[:left]))
+        left = max(0, left - len(modules))
+    try:
+        yield
+    finally:
+        for module, path, modules in saved:
+            setattr(module, path, modules)
+
+
+def unavoidable(pipeline: Pipeline, arguments: dict[str, Any], blocks: int, compiled: bool) -> float:
+    """Milliseconds of a call with the first blocks alone."""
+    with only(pipeline, blocks):
+        if not compiled:
+            request(pipeline, arguments, 4)
+            return statistics.median(request(pipeline, arguments, 12)[0])
+        if not blocks:
+            return statistics.median(request(pipeline, arguments, 12)[0])
+        with accelerate(pipeline, load_recipe("CompileBlocks()")):
+            request(pipeline, arguments, 4)
+            return statistics.median(request(pipeline, arguments, 12)[0])
+
+
+def peer_cache_dit(name: str, steps: int) -> dict[str, Any]:
+    """cache-dit's DBCache F1B0 with every step after the first allowed to be reused, on a fresh model."""
+    import cache_dit
+
+    pipeline, arguments = build(name, "cuda")
+    cache_dit.enable_cache(
+        cache_dit.BlockAdapter(
+            pipe=None,
+            transformer=pipeline.denoiser,
+            blocks=[pipeline.denoiser.transformer_blocks, pipeline.denoiser.single_transformer_blocks],
+            forward_pattern=[cache_dit.ForwardPattern.Pattern_1, cache_dit.ForwardPattern.Pattern_1],
+        ),
+        cache_config=cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            max_warmup_steps=1,
+            residual_diff_threshold=1.0,
+            num_inference_steps=steps,
+        ),
+    )
+    request(pipeline, arguments, steps)
+    times, _ = request(pipeline, arguments, steps)
+    return {"recipe": "cache-dit DBCache F1B0", "compiled": False, "reused_ms": statistics.median(times[4:])}
+
+
+def guarded(work: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
+    """A row, or why there is none."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - a row that failed says so, the others still run
+        return {"recipe": label, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="FLUX.1-dev")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("overhead.json"))
+    options = parser.parse_args()
+    pipeline, arguments = build(options.model, "cuda")
+    rows: list[dict[str, Any]] = []
+    for compiled in (False,) if options.no_compile else (False, True):
+        for recipe in options.recipes:
+            row = guarded(
+                lambda r=recipe, c=compiled: measured(pipeline, arguments, r, options.steps, c), recipe or "plain"
+            )
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        for blocks in (0, 1, 8):
+            with suppress(Exception):
+                spent = unavoidable(pipeline, arguments, blocks, compiled)
+                rows.append({"recipe": f"first {blocks} blocks alone", "compiled": compiled, "computed_ms": spent})
+                print(json.dumps(rows[-1]), flush=True)
+    if options.peers:
+        del pipeline
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows.append(guarded(lambda: peer_cache_dit(options.model, options.steps), "cache-dit DBCache F1B0"))
+        print(json.dumps(rows[-1]), flush=True)
+    facts = environment(torch.device("cuda"))
+    options.out.write_text(json.dumps({"model": options.model, "environment": facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`hasten calibrate`: measures what a technique needs to know about a model. One entry of `PURPOSES` a purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hasten.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    GuidanceOption,
+    ModelArgument,
+    SizeOption,
+    StepsOption,
+    adjusted,
+    out,
+    quiet,
+    read_prompts,
+    reports_errors,
+)
+
+if TYPE_CHECKING:
+    from hasten.core.workload import Workload
+    from hasten.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, the pictures to make with it, and where the result goes."""
+
+    model: LoadedModel
+    workload: Workload
+    file: Path
+
+
+def _signals(job: Job, purpose: str) -> None:
+    from hasten.measure.progress import OnTerminal
+    from hasten.search.calibrate_signals import calibrate as measure
+
+    with OnTerminal(out) as progress:
+        found = measure(job.model, "teacache" if purpose == "teacache" else "magcache", job.workload, progress)
+    found.save(job.file)
+    out.print(f"{found.name}: {found.summary}.", highlight=False, markup=False, soft_wrap=True)
+    for warning in found.warnings:
+        out.print(f"Warning: {warning}.", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    technique, parameter = ("TeaCache", "coefficients") if purpose == "teacache" else ("MagCache", "ratios")
+    usage = f"-r '{technique}({parameter}=\"{job.file}\")'"
+    out.print(f"Use it with {usage}", highlight=False, markup=False, soft_wrap=True)
+
+
+PURPOSES: dict[str, Callable[[Job, str], None]] = {"teacache": _signals, "magcache": _signals}
+"""What can be calibrated, and what does it. Progress and results go to the terminal."""
+
+
+@reports_errors
+def calibrate(
+    model: ModelArgument,
+    purpose: Annotated[str, typer.Option("--for", metavar="WHAT", help=f"One of {', '.join(PURPOSES)}.")],
+    file: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where it goes; other models in it are kept.")
+    ],
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt a line.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="How many of the model's own prompts are used.")] = 8,
+    steps: StepsOption = None,
+    size: SizeOption = None,
+    guidance: GuidanceOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Make a few uncached pictures, measure what a cache needs to know about the model, and write it to a file."""
+    from hasten.core.errors import UnknownName
+    from hasten.core.files import ensure_writable
+    from hasten.models import load
+
+    if purpose not in PURPOSES:
+        raise UnknownName("purpose of calibration", purpose, PURPOSES)
+    ensure_writable(file.parent)
+    quiet()
+    loaded = load(model, device=device, dtype=dtype)
+    chosen = read_prompts(prompts) if prompts else loaded.workload.prompts[:pictures]
+    workload = adjusted(loaded.workload, prompts=chosen, steps=steps, size=size, guidance=guidance)
+    PURPOSES[purpose](Job(loaded, workload, file), purpose)
