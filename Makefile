@@ -7,7 +7,7 @@ REPORT ?= hasten-report
 .PHONY: demo test check format lint types table clean
 
 demo: .venv/run
-	$(BIN)/hasten compare --out $(REPORT)
+	$(BIN)/hasten compare --out "$(REPORT)"
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
@@ -39,4 +39,4 @@ table: .venv/dev
 	@touch .venv/dev
 
 clean:
-	rm -rf .venv $(REPORT) .pytest_cache .ruff_cache
+	rm -rf .venv "$(REPORT)" .pytest_cache .ruff_cache

@@ -55,9 +55,11 @@ def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         return getattr(import_module(_HOME_OF[name]), name)
     if not name.startswith("_"):
-        techniques = import_module("hasten.core.registry").techniques()
-        if name in techniques:
-            return techniques[name]
+        registry = import_module("hasten.core.registry")
+        # Our own first: a plug-in that imports one of them is not loaded completely yet.
+        for techniques in (registry.own_techniques, registry.techniques):
+            if name in techniques():
+                return techniques()[name]
     raise AttributeError(f"module 'hasten' has no attribute {name!r}")
 
 

@@ -86,6 +86,15 @@ def test_fewer_steps_at_the_same_time_is_a_row(rows: dict[str, Any]) -> None:
     assert all(row["steps"]["full"] < 6 for row in fewer)
 
 
+def test_a_better_solver_takes_as_many_steps(rows: dict[str, Any]) -> None:
+    counts = {
+        kind: [row["steps"] for row in rows.values() if row["kind"] == kind] for kind in ("fewer_steps", "other_solver")
+    }
+    assert counts["other_solver"] == counts["fewer_steps"]
+    for plain, solver in zip(*([r for r in rows.values() if r["kind"] == kind] for kind in counts), strict=True):
+        assert plain["fidelity"] != solver["fidelity"]
+
+
 def test_numbers_make_sense(rows: dict[str, Any]) -> None:
     for row in rows.values():
         if row["status"] == "ok":
@@ -152,7 +161,20 @@ def test_nan_is_a_failed_row_and_for_the_baseline_an_error(
     failed = run(*arguments[:-1], tmp_path / "other")
     assert failed.exit_code == 2
     assert "NaN" in failed.output
-    assert not (tmp_path / "other" / "comparison.json").exists()
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_is_used_again_keeps_nothing_of_the_earlier_report(run: Run, tmp_path: Path) -> None:
+    own = tmp_path / "notes.txt"
+    own.write_text("mine")
+    quick = ("emoji-dit", "--steps", 2, "--prompt", "pizza", "--no-fewer-steps", "--out", tmp_path)
+    assert run("compare", *quick, "-r", "FORA()", "-r", "ChannelsLast()").exit_code == 0
+    assert (tmp_path / "02-channelslast").is_dir()
+    assert run("compare", *quick, "-r", "AttentionBackend()").exit_code == 0
+    listed = {image for row in Comparison.load(tmp_path).rows for image in row.images}
+    assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.png")} == listed
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == ["00-plain", "01-attentionbackend"]
+    assert own.read_text() == "mine"
 
 
 def test_the_python_interface_gives_the_same(tmp_path: Path) -> None:

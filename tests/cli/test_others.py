@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hasten.cli import common
 from hasten.core.registry import techniques
 from tests.cli.conftest import Run
 
@@ -17,6 +18,7 @@ def test_generate_writes_a_picture_and_says_what_was_done(run: Run, tmp_path: Pa
     result = run("generate", "emoji-flux", "pizza, fluent style", *options)
     assert result.exit_code == 0, result.output
     assert Image.open(file).size == (128, 128)
+    assert "FluxPipeline: 1 technique applied" in result.output
     assert "3 of 4 denoiser calls reused" in result.output
 
 
@@ -38,6 +40,11 @@ def test_inspect_shows_structure_and_what_applies(run: Run, model: str, expected
     result = run("inspect", model)
     assert result.exit_code == 0, result.output
     assert all(text in result.output for text in expected), result.output
+
+
+def test_inspect_cuts_no_name_off_on_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.out, "width", 80)
+    assert "…" not in run("inspect", "FLUX.1-dev").output
 
 
 def test_inspect_suggests_neighbours(run: Run) -> None:

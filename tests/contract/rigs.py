@@ -14,13 +14,12 @@ from torch import nn
 from hasten.core.intercept import base_class
 from hasten.core.registry import specs, techniques
 from hasten.core.session import Session, accelerate
-from hasten.core.spec import DenoiserSpec
+from hasten.core.spec import DenoiserSpec, InputSize
 from hasten.core.target import Target
 from hasten.core.technique import Technique
 
 ARCHITECTURES = tuple(specs())
 TECHNIQUES = tuple(techniques())
-LATENTS = ("hidden_states", "sample", "x")
 
 
 class Rig:
@@ -36,20 +35,41 @@ class Rig:
 
     @torch.no_grad()
     def run(self, *, steps: int = 4, prompt: int = 0, stop_at: int | None = None) -> torch.Tensor:
-        """Denoise random latents and decode three channels of them; `stop_at` raises in that step."""
-        inputs = moved(self.spec.example(self.denoiser.config, seed=prompt), self.device)  # pyright: ignore
-        name = next(key for key in LATENTS if key in inputs)
-        latents = _stacked(inputs[name])
+        """Denoise random latents and decode three channels of them; `stop_at` raises in that step.
+
+        Guidance is done as the architecture's pipelines do it: in one batch, in two calls, or not at all.
+        """
+        calls = self._calls(prompt)
+        latents = _stacked(calls[0][self.spec.latents])[:1]
         self.scheduler.set_timesteps(steps, device=self.device)
         for index, timestep in enumerate(self.scheduler.timesteps):
             if index == stop_at:
                 raise InterruptedError
-            given = list(latents) if isinstance(inputs[name], list) else latents
-            time = {self.spec.timestep: timestep.expand(latents.shape[0])}
-            output = _stacked(self.call({**inputs, name: given, **time}))
+            output = self._guided([self._output(given, latents, timestep) for given in calls])
             latents = self.scheduler.step(output[:, : latents.shape[1]], timestep, latents, return_dict=False)[0]
         picture = self.vae.decode(latents.flatten()[:256].reshape(1, 4, 8, 8), return_dict=False)[0]  # pyright: ignore
         return torch.cat([latents.flatten(), picture.flatten()])
+
+    def _calls(self, prompt: int) -> list[dict[str, Any]]:
+        """The arguments of each call of a step."""
+        size = InputSize(batch=2 if self.spec.guidance == "batched" else 1)
+        seeds = (prompt, prompt + 1000) if self.spec.guidance == "separate" else (prompt,)
+        made = [self.spec.example(self.denoiser.config, size, seed) for seed in seeds]  # pyright: ignore
+        return [moved(given, self.device) for given in made]
+
+    def _output(self, given: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        name, count = self.spec.latents, len(given[self.spec.latents])
+        batch = latents.expand(count, *latents.shape[1:]).clone() if count > 1 else latents
+        picture = list(batch) if isinstance(given[name], list) else batch
+        time = {self.spec.timestep: timestep.expand(count)}
+        return _stacked(self.call({**given, name: picture, **time}))
+
+    def _guided(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        parts = [part for output in outputs for part in output.split(1)]
+        if len(parts) == 1:
+            return parts[0]
+        conditional, unconditional = parts if self.spec.conditional == "first" else parts[::-1]
+        return unconditional + 2.0 * (conditional - unconditional)
 
     def call(self, arguments: dict[str, Any]) -> Any:
         """One denoiser call; a test may replace this to watch it."""

@@ -76,6 +76,19 @@ class Pipeline:
 
 
 @contextmanager
+def clocked(subject: object) -> Generator[tuple[Clock, Patch, Patch]]:
+    """A clock on a pipeline, its own patch, and the patch of a technique; the latter is closed first."""
+    target, clock = Target.of(subject), Clock()
+    own, technique = (Patch(target.names(), lambda: clock) for _ in range(2))
+    clock.install(target, own)
+    try:
+        yield clock, own, technique
+    finally:
+        technique.close()
+        own.close()
+
+
+@contextmanager
 def watched(subject: object) -> Generator[list[Moment]]:
     """Install a clock on a pipeline or denoiser; yields the moments of all calls, as they come."""
     target, clock = Target.of(subject), Clock()

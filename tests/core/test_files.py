@@ -72,8 +72,9 @@ def test_very_long_names_are_written_when_the_file_system_takes_them(tmp_path: P
 
 
 def test_a_folder_is_probed_before_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ensure_writable(tmp_path / "new") == tmp_path / "new"
-    assert not list((tmp_path / "new").iterdir())
+    assert ensure_writable(tmp_path / "new" / "deeper") == tmp_path / "new" / "deeper"
+    assert ensure_writable(tmp_path) == tmp_path
+    assert not list(tmp_path.iterdir()), "a check leaves nothing behind"
 
     def denied(*_: object, **__: object) -> NoReturn:
         raise PermissionError(13, "Permission denied")

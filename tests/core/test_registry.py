@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+import hasten
 from hasten.cache import FirstBlockCache
 from hasten.core import registry
 from hasten.core.errors import HastenError, UnknownName
@@ -97,8 +100,27 @@ def test_exporting_the_same_technique_again_is_fine(
 
 def test_a_broken_plugin_is_not_silent(plugins: dict[str, list[EntryPoint]]) -> None:
     plugins["hasten.techniques"] = [EntryPoint("any", "no_such_plugin", "hasten.techniques")]
-    with pytest.raises(ModuleNotFoundError, match="no_such_plugin"):
+    with pytest.raises(HastenError, match=r"The plug-in 'any' .*hasten\.techniques = no_such_plugin.*ModuleNotFound"):
         techniques()
+
+
+@pytest.mark.parametrize("looked_for_first", [techniques, specs])
+def test_a_plugin_may_import_our_techniques_while_it_is_loaded(
+    looked_for_first: Callable[[], object],
+    plugins: dict[str, list[EntryPoint]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "their_package.py").write_text(
+        "from hasten import FirstBlockCache\nclass Theirs(FirstBlockCache):\n    'Theirs.'\n__all__ = ['Theirs']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_package", raising=False)
+    for group in ("hasten.techniques", "hasten.denoisers"):
+        plugins[group] = [EntryPoint("theirs", "their_package", group)]
+    looked_for_first()
+    assert "Theirs" in techniques()
+    assert hasten.Theirs is techniques()["Theirs"]
 
 
 def test_architectures_are_specifications() -> None:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hasten.cache.runtime import Decisions
 
 from hasten.attention import AttentionBackend
 from hasten.cache import FORA, FirstBlockCache
+from hasten.cache.engine.statistics import Statistics
 from hasten.compilation import ChannelsLast, CompileBlocks
 from hasten.core.errors import HastenError, NoEffect, NotEngaged, PatchError, Refused
 from hasten.core.patch import Patch
@@ -174,9 +174,9 @@ def test_the_log_of_one_technique() -> None:
 def test_state_of_a_technique_that_is_not_part_of_the_session() -> None:
     rig = make("flux")
     with rig.accelerated(CACHE) as session:
-        assert isinstance(session.state(CACHE, Decisions), Decisions)
-        with pytest.raises(HastenError, match="AttentionBackend keeps no Decisions in this session"):
-            session.state(MATH, Decisions)
+        assert isinstance(session.state(CACHE, Statistics), Statistics)
+        with pytest.raises(HastenError, match="AttentionBackend keeps no Statistics in this session"):
+            session.state(MATH, Statistics)
         with pytest.raises(HastenError, match="FirstBlockCache keeps no dict in this session"):
             session.state(CACHE, dict)
         with pytest.raises(NotEngaged, match="saw no denoiser call"):

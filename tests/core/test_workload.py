@@ -35,6 +35,8 @@ def test_lists_become_tuples_so_that_a_workload_can_be_compared_and_hashed() -> 
         ({"width": 100}, "width must be a multiple of 8"),
         ({"height": 8}, "height must be a multiple of 8 and at least 16"),
         ({"height": "64"}, "height must be a multiple of 8"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
+        ({"guidance": float("-inf")}, "guidance must be a finite number, not -inf"),
     ],
 )
 def test_what_is_no_workload(values: dict[str, Any], message: str) -> None:

@@ -185,9 +185,18 @@ def test_a_recipe_that_fewer_steps_beat_is_said_to_be_not_worth_having() -> None
     beaten = comparing(worse, control)
     assert beaten_by(worse, beaten) == control
     assert "worse is not worth having here" in words_of(beaten)
+    assert summary.headline(beaten).endswith("with slight differences; fewer steps would do")
     won = comparing(better, control)
     assert beaten_by(better, won) is None
     assert "better is both faster and closer" in words_of(won)
+    assert summary.headline(won).endswith("with slight differences")
+
+
+def test_a_row_that_is_worth_having_is_pointed_at_before_a_faster_one_that_is_not() -> None:
+    control = row("plain, 2 steps", 2, 35, "fewer_steps")
+    chosen = pick(comparing(row("worth", 3, 45), row("beaten", 2.5, 31), control))
+    assert chosen is not None
+    assert chosen.row.name == "worth"
 
 
 def test_failed_rows_do_not_count_even_with_figures() -> None:

@@ -12,15 +12,16 @@ from PIL import Image
 
 from hasten.core.errors import HastenError
 from hasten.core.patch import Patch
-from hasten.core.recipe import Recipe
+from hasten.core.recipe import Recipe, as_recipe
 from hasten.core.target import Target
 from hasten.core.workload import Workload
 from hasten.measure import compare as compare_module
+from hasten.measure import runner
 from hasten.measure.compare import compare
 from hasten.measure.defaults import default_recipes
 from hasten.measure.environment import environment
 from hasten.measure.instruments import PeakMemory, Stopwatch
-from hasten.measure.rendering import arguments, class_id
+from hasten.measure.rendering import arguments, class_id, render
 from hasten.measure.rows import finished_row
 from hasten.measure.runner import Run, run_recipe
 from hasten.models import LoadedModel, bundled, load
@@ -41,6 +42,30 @@ def test_a_run_records_every_picture(dit: LoadedModel) -> None:
     assert (len(run.images), len(run.seconds), len(ticks)) == (2, 4, 5)
     assert run.images[0].tobytes() != run.images[1].tobytes()
     assert all(seconds > 0 for seconds in run.seconds)
+
+
+def test_the_warm_up_picture_is_not_counted_among_the_steps(dit: LoadedModel) -> None:
+    run = Run(as_recipe("FORA(interval=2)"), workload(dit, seeds=(0, 1), steps=4))
+    run_recipe(dit.pipeline, run)
+    calls = 2 * 4
+    assert (run.evidence[0].full_steps, run.evidence[0].reused_steps) == (calls // 2, calls // 2)
+
+
+def test_an_interrupted_run_keeps_its_evidence_but_no_means(dit: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(pipeline: Any, *rest: Any) -> Any:
+        if len(run.images) == 1:
+            raise KeyboardInterrupt
+        return render(pipeline, *rest)
+
+    monkeypatch.setattr(runner, "render", stop)
+    run = Run(as_recipe("FORA(interval=2)"), workload(dit, seeds=(0, 1)))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(dit.pipeline, run)
+    row = finished_row("x", run, "recipe", (), run, None, interrupted=True)
+    assert "reused" in row.engaged[0]
+    assert row.changes
+    assert (row.peak_memory_bytes or 0) > 10_000_000
+    assert (row.steps, row.step_map, row.phases) == (None, None, None)
 
 
 def test_the_same_seed_gives_the_same_picture(dit: LoadedModel) -> None:

@@ -8,13 +8,15 @@ import struct
 import subprocess
 import sys
 import threading
-from functools import partial
+from collections.abc import Generator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
+import hasten
 from hasten.core.errors import HastenError, UnknownName
 from hasten.models import bundled, check_safetensors, default_workload, find_folder, load
 
@@ -100,6 +102,7 @@ CODE = "from hasten.models import load; print('loaded', type(load('owner/tiny').
 
 def run_with_hub(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     base = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    base["PYTHONPATH"] = str(Path(hasten.__file__).parents[1])
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     return subprocess.run(command, env=base | environment, capture_output=True, text=True, timeout=100, check=False)
 
@@ -107,8 +110,30 @@ def run_with_hub(tmp_path: Path, **environment: str) -> subprocess.CompletedProc
 def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
     result = run_with_hub(tmp_path, HF_HUB_OFFLINE="1")
     last = result.stderr.strip().splitlines()[-1]
-    assert "hasten.core.errors.HastenError: Cannot load 'owner/tiny' from the model hub" in last
+    assert "hasten.core.errors.HastenError: Cannot load 'owner/tiny' from the model hub: HF_HUB_OFFLINE is set" in last
     assert "emoji-flux" in last
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "sentence"),
+    [
+        (401, "RepoNotFound", "there is no such model, or it is private"),
+        (403, "GatedRepo", "its licence must be accepted on the hub first"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_plain_words(tmp_path: Path, status: int, code: str, sentence: str) -> None:
+    with serving(type("Refusing", (Hub,), {"refusal": (status, code)})) as address:
+        result = run_with_hub(tmp_path, HF_ENDPOINT=address)
+    assert sentence in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
+    with serving(Hub) as address:
+        pass
+    result = run_with_hub(tmp_path, HF_ENDPOINT=address)
+    assert (
+        "the hub cannot be reached, and the model is not in the local cache" in result.stderr.strip().splitlines()[-1]
+    )
 
 
 class Hub(SimpleHTTPRequestHandler):
@@ -116,6 +141,7 @@ class Hub(SimpleHTTPRequestHandler):
 
     folder: Path
     commit = "0" * 40
+    refusal: tuple[int, str] | None = None
 
     def do_HEAD(self) -> None:
         self.respond(body=False)
@@ -124,6 +150,8 @@ class Hub(SimpleHTTPRequestHandler):
         self.respond(body=True)
 
     def respond(self, *, body: bool) -> None:
+        if self.refusal:
+            return self.refuse(*self.refusal)
         if self.path.startswith("/api/models/"):
             return self.send(self.listing(), "application/json", body)
         file = self.folder / self.path.partition("/resolve/")[2].partition("/")[2].partition("?")[0]
@@ -151,16 +179,28 @@ class Hub(SimpleHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """Stay silent."""
 
 
+@contextmanager
+def serving(handler: type[Hub]) -> Generator[str]:
+    """The address of a hub that answers while the block runs."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
 def test_a_model_comes_from_a_hub(tmp_path: Path) -> None:
-    handler = type("OurHub", (Hub,), {"folder": bundled()["emoji-dit"]})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        result = run_with_hub(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_DISABLE_XET="1")
-    finally:
-        server.shutdown()
+    with serving(type("OurHub", (Hub,), {"folder": bundled()["emoji-dit"]})) as address:
+        result = run_with_hub(tmp_path, HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1")
     assert result.stdout.strip().endswith("loaded DiTPipeline"), result.stderr[-2000:]

@@ -30,9 +30,21 @@ class FirstBlockCache(Cache):
     threshold: float = field(
         default=0.08,
         metadata=about(
-            "relative change of the first block's residual below which is reused", ge=0.0, off=0.0, trial=10.0
+            "relative change of the first block's residual below which is reused",
+            ge=0.0,
+            off=0.0,
+            trial=10.0,
+            budget="threshold",
         ),
     )
+    late: bool = field(
+        default=False,
+        metadata=about("decide by the change of the step before, carried on at its rate, and never wait for the GPU"),
+    )
+
+    def waits(self) -> bool:
+        """Unless it decides late."""
+        return not self.late
 
     def problems(self, target: Target) -> Iterable[str]:
         """Needs at least two blocks, and to decide between them, which a whole compiled model cannot."""
@@ -44,4 +56,4 @@ class FirstBlockCache(Cache):
 
     def policy(self, denoiser: Denoiser) -> Policy:
         """The change of the first block's residual since the last computed step."""
-        return ChangeOfFront(denoiser, self.threshold)
+        return ChangeOfFront(denoiser, self.threshold, late=self.late)

@@ -26,7 +26,9 @@ class FORA(Cache):
     cuts_blocks: ClassVar[bool] = True
     paper: ClassVar[str] = "FORA: Fast-Forward Caching in Diffusion Transformer Acceleration (2024), arXiv:2407.01425"
 
-    interval: int = field(default=2, metadata=about("every how many steps all is computed", ge=1, off=1))
+    interval: int = field(
+        default=2, metadata=about("every how many steps all is computed", ge=1, off=1, budget="interval")
+    )
 
     def problems(self, target: Target) -> Iterable[str]:
         """Needs declared branches; a feed-forward that runs in chunks has no single output to keep."""

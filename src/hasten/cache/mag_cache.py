@@ -33,7 +33,9 @@ class MagCache(Cache):
 
     paper: ClassVar[str] = "MagCache: Fast Video Generation with Magnitude-Aware Cache (NeurIPS 2025), arXiv:2506.09045"
 
-    threshold: float = field(default=0.06, metadata=about("error, summed over a run of reuse, that is allowed", ge=0.0))
+    threshold: float = field(
+        default=0.06, metadata=about("error, summed over a run of reuse, that is allowed", ge=0.0, budget="threshold")
+    )
     max_consecutive: int = field(default=3, metadata=about("longest run of reused steps (K in the paper)", ge=0, off=0))
     retention: float = field(
         default=0.2, metadata=about("share of the steps, from the first, that is always computed", ge=0.0, le=1.0)

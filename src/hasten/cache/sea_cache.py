@@ -36,7 +36,13 @@ class SeaCache(Cache):
 
     threshold: float = field(
         default=0.25,
-        metadata=about("relative change of the filtered picture, summed up, that computes", ge=0.0, off=0.0, trial=1e6),
+        metadata=about(
+            "relative change of the filtered picture, summed up, that computes",
+            ge=0.0,
+            off=0.0,
+            trial=1e6,
+            budget="threshold",
+        ),
     )
     order: int = field(default=1, metadata=about("1 extrapolates what is reused along a line, 0 holds it", ge=0, le=1))
     max_consecutive: int = field(default=2, metadata=about("longest run of reused steps; 0 is no limit", ge=0))

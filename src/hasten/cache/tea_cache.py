@@ -39,7 +39,13 @@ class TeaCache(Cache):
 
     threshold: float = field(
         default=0.25,
-        metadata=about("predicted relative change of the output, summed up, that computes", ge=0.0, off=0.0, trial=1e6),
+        metadata=about(
+            "predicted relative change of the output, summed up, that computes",
+            ge=0.0,
+            off=0.0,
+            trial=1e6,
+            budget="threshold",
+        ),
     )
     coefficients: str | tuple[float, ...] = field(
         default="auto",

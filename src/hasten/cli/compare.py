@@ -37,11 +37,16 @@ def compare(
     steps: StepsOption = None,
     size: SizeOption = None,
     guidance: GuidanceOption = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Put all caches at the same number of full steps: 2x, or a number of steps.")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Time each picture so many times.")] = 1,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("hasten-report"),
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    fewer_steps: Annotated[bool, typer.Option(help="Add the rows: plain with fewer steps at the same time.")] = True,
+    fewer_steps: Annotated[
+        bool, typer.Option(help="Add rows with fewer steps, and with a better solver, at the same time.")
+    ] = True,
 ) -> None:
     """Run recipes on the same prompts and seeds; write a table, report.html and comparison.json.
 
@@ -71,7 +76,7 @@ def compare(
     with OnTerminal(out) as progress:
         result = run(
             loaded.pipeline, recipes, workload,
-            runs=runs, out=folder, fewer_steps=fewer_steps, progress=progress, title=loaded.name,
+            runs=runs, out=folder, fewer_steps=fewer_steps, progress=progress, title=loaded.name, budget=budget,
         )  # fmt: skip
     out.print(result.table())
     out.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)

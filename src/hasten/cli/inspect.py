@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from hasten.cli.common import DeviceOption, DtypeOption, ModelArgument, out, quiet, reports_errors
 from hasten.core.errors import UnknownName
@@ -45,7 +45,7 @@ def _target(model: str, device: str | None, dtype: str | None) -> Target:
 
 
 def _components(target: Target) -> Table:
-    table = Table("component", "class", "parameters", "size", "dtype", title="Components", title_justify="left")
+    table = _table("Components", "component", "class", "parameters", "size", "dtype")
     for name, module in target.modules.items():
         count, size = _weights(module)
         dtype = str(next(module.parameters()).dtype).removeprefix("torch.") if count else ""
@@ -53,6 +53,11 @@ def _components(target: Target) -> Table:
     if target.scheduler is not None:
         table.add_row("scheduler", type(target.scheduler).__name__, "", "", "")
     return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table that wraps long class names where the terminal is narrow, instead of cutting them off."""
+    return Table(*(Column(name, overflow="fold") for name in columns), title=title, title_justify="left")
 
 
 def _weights(module: nn.Module) -> tuple[int, int]:
@@ -63,7 +68,7 @@ def _weights(module: nn.Module) -> tuple[int, int]:
 def _structure(denoiser: Denoiser) -> Table:
     spec = denoiser.spec
     title = f"{denoiser.name}: {spec.name} architecture, guidance {spec.guidance}"
-    table = Table("where", "what", "streams", title=title, title_justify="left")
+    table = _table(title, "where", "what", "streams")
     for stack in spec.stacks:
         streams = ", ".join(f"{name} (picture)" if name == stack.denoised else name for name in stack.takes)
         table.add_row(stack.path, f"{len(denoiser.stack(stack))} x {stack.block}", streams)
@@ -87,7 +92,7 @@ def _unet(denoiser: Denoiser) -> Iterator[tuple[str, str]]:
 def _techniques(target: Target) -> Table:
     from hasten.core.registry import family, techniques
 
-    table = Table("technique", "family", "applies", title="Techniques", title_justify="left")
+    table = _table("Techniques", "technique", "family", "applies")
     for name, cls in techniques().items():
         problems = list(cls.trial().problems(target))
         table.add_row(name, family(cls), "[green]yes[/]" if not problems else " ".join(problems))

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 from hasten.core.errors import PatchError
 from hasten.core.intercept import Interceptor
 from hasten.core.noise import NoiseLevel
-from hasten.core.sampler import SamplerFacts
+from hasten.core.sampler import SamplerFacts, adds_noise
 from hasten.core.schedule import Schedule, can_be_watched
-from hasten.core.step_link import StepLink
+from hasten.core.step_link import LEADING, StepLink
 from hasten.core.timesteps import TimestepReader, argument_reader, on_gpu, on_host
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Clock:
         self._schedule: Schedule | None = None
         self._fallback = TimestepReader()
         self._request, self._step = 0, 0
+        self._added_noise = False
         self._calls: Counter[tuple[str, str]] = Counter()
         self._seen: dict[str, float] = {}
         self._context = ""
@@ -85,6 +86,12 @@ class Clock:
     def facts(self) -> SamplerFacts | None:
         """What is known about the sampler of the current request; settled by its first denoiser call."""
         return None if self._schedule is None else self._schedule.facts
+
+    @property
+    def noisy(self) -> bool:
+        """Is the sampler known to add noise at each step? Where arguments of `step` decide, the latest step tells."""
+        facts = self.facts
+        return facts is not None and (self._added_noise if self._step else facts.stochastic)
 
     def around_step(self, link: Interceptor, patch: Patch, what: str = "takes part in each step") -> None:
         """Put `link(call, model_output, timestep, sample, *args, **kwargs)` around the scheduler's `step`.
@@ -136,6 +143,7 @@ class Clock:
             result = call(*args, **kwargs)
             if scheduler is self._scheduler:
                 self._step += 1
+                self._added_noise = adds_noise(scheduler, kwargs, args[len(LEADING) :])
                 self._calls.clear()
                 self._seen.clear()
             return result
@@ -165,6 +173,7 @@ class Clock:
         self._request += 1
         self._step = 0
         self._schedule = schedule
+        self._added_noise = False
         self._calls.clear()
         self._seen.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -110,12 +111,26 @@ def _reason(error: OSError) -> str:
 
 
 def ensure_writable(folder: str | os.PathLike[str]) -> Path:
-    """Create `folder` where missing and check that files can be made in it, before any long work begins."""
-    path = ensure_folder(folder)
-    probe = path / f".hasten-{secrets.token_hex(4)}.tmp"
+    """Check that files can be made in `folder`, before any long work begins, and leave no trace.
+
+    A missing folder is created and removed again, so that a job refused later leaves none behind.
+    """
+    path = Path(folder)
+    missing = list(itertools.takewhile(lambda one: not one.exists(), (path, *path.parents)))
+    try:
+        ensure_folder(path)
+        _probe(path)
+    finally:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+    return path
+
+
+def _probe(folder: Path) -> None:
+    probe = folder / f".hasten-{secrets.token_hex(4)}.tmp"
     try:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise HastenError(f"Cannot write into the folder {path}: {_reason(error)}.") from error
-    return path
+        raise HastenError(f"Cannot write into the folder {folder}: {_reason(error)}.") from error

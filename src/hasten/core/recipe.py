@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from hasten.core.errors import HastenError, RecipeSyntaxError
+from hasten.core.errors import HastenError, InvalidSetting, RecipeSyntaxError, UnknownName
 from hasten.core.registry import technique
 from hasten.core.technique import Technique
 
@@ -102,7 +102,11 @@ def _from_table(table: object, source: str) -> Technique:
     if not isinstance(table, dict) or not isinstance(cast("dict[str, Any]", table).get("use"), str):
         raise HastenError(f'{source}: each [[techniques]] table needs a technique, such as use = "CompileBlocks".')
     values = dict(cast(Mapping[str, Any], table))
-    return technique(values.pop("use")).build(values)
+    try:
+        return technique(values.pop("use")).build(values)
+    except (UnknownName, InvalidSetting) as error:
+        error.args = (f"{source}: {error}",)
+        raise
 
 
 def _toml_error(error: tomllib.TOMLDecodeError, text: str, source: str) -> RecipeSyntaxError:

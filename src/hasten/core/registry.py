@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,12 +23,13 @@ TECHNIQUE_GROUP, DENOISER_GROUP = "hasten.techniques", "hasten.denoisers"
 @functools.cache
 def techniques() -> Mapping[str, type[Technique]]:
     """All techniques by name: what each family's `__all__` exports, then third parties' entry points."""
-    found: dict[str, type[Technique]] = {}
-    for module in (*_own_families(), *_foreign(TECHNIQUE_GROUP)):
-        for value in _exports(module):
-            if isinstance(value, type) and issubclass(value, Technique):
-                _add(found, value.__name__, value, module)
-    return MappingProxyType(dict(sorted(found.items())))
+    return _collected((*_own_families(), *_foreign(TECHNIQUE_GROUP)))
+
+
+@functools.cache
+def own_techniques() -> Mapping[str, type[Technique]]:
+    """The techniques of this package alone: what a plug-in may import from `hasten` while it is being loaded."""
+    return _collected(_own_families())
 
 
 @functools.cache
@@ -58,13 +59,34 @@ def family(cls: type[Technique]) -> str:
     return parts[1] if parts[0] == "hasten" and len(parts) > 1 else parts[0]
 
 
+def _collected(modules: Iterable[ModuleType]) -> Mapping[str, type[Technique]]:
+    found: dict[str, type[Technique]] = {}
+    for module in modules:
+        for value in _exports(module):
+            if isinstance(value, type) and issubclass(value, Technique):
+                _add(found, value.__name__, value, module)
+    return MappingProxyType(dict(sorted(found.items())))
+
+
 def _own_families() -> list[ModuleType]:
     return [importlib.import_module(f"hasten.{name}") for name in FAMILIES]
 
 
 def _foreign(group: str) -> list[ModuleType]:
+    return [_load(entry) for entry in entry_points(group=group)]
+
+
+def _load(entry: EntryPoint) -> ModuleType:
     # A third party's module that fails to import is an error: a plug-in must not vanish silently.
-    return [entry.load() for entry in entry_points(group=group)]
+    try:
+        return entry.load()
+    except Exception as error:
+        package = f" of the package {entry.dist.name}" if entry.dist else ""
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise HastenError(
+            f"The plug-in {entry.name!r}{package} (entry point {entry.group} = {entry.value}) cannot be loaded: "
+            f"{problem.rstrip('.')}."
+        ) from error
 
 
 def _exports(module: ModuleType) -> list[object]:

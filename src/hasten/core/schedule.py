@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Schedule:
         self._scheduler = scheduler
         timesteps = getattr(scheduler, "timesteps", None)
         self._timesteps = timesteps if isinstance(timesteps, torch.Tensor) and timesteps.dim() == 1 else None
-        self._values: list[float] = [] if self._timesteps is None else self._timesteps.tolist()
+        self._first = math.nan if self._timesteps is None or not len(self._timesteps) else float(self._timesteps[0])
         self._length = 0 if timesteps is None else len(timesteps)
         sigmas = getattr(scheduler, "sigmas", None)
         self._sigmas = tuple(sigmas.tolist()) if isinstance(sigmas, torch.Tensor) and sigmas.dim() == 1 else ()
@@ -38,9 +39,8 @@ class Schedule:
     def _find(self, timestep: Any) -> int:
         index = getattr(self._scheduler, "step_index", None)
         if index is None and self._timesteps is not None:
-            index = position(self._timesteps, self._values, timestep)
+            index = position(self._timesteps, self._first, timestep)
         if index is None and not hasattr(self._scheduler, "begin_index"):
-            self._whole = None
             self._part = (0, None)
         return index or 0
 

@@ -70,7 +70,8 @@ class Session:
 
     def describe(self) -> str:
         """What was changed and where, and what shows that it works."""
-        lines = [f"{self.target.title}: {len(self._patches)} techniques applied"]
+        count = len(self._patches)
+        lines = [f"{self.target.title}: {count} technique{'' if count == 1 else 's'} applied"]
         for technique, patch in self._patches:
             lines.append(f"{short(technique)}")
             lines += [f"    {line}" for line in summarize(patch.log)]
@@ -119,6 +120,11 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def applied_to(denoiser: nn.Module) -> tuple[Technique, ...]:
+    """The techniques of the open sessions on a denoiser, also of one that is just being opened."""
+    return tuple(item for techniques in _APPLIED.get(denoiser, ()) for item in techniques)
 
 
 def accelerate(subject: object, recipe: Recipe | Technique | str) -> Session:

@@ -11,6 +11,7 @@ from torch import nn
 
 Config = Mapping[str, Any]
 Guidance = Literal["embedded", "batched", "separate", "none"]
+Side = Literal["first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,10 @@ class DenoiserSpec:
     attention: tuple[str, ...] = ()
     """Classes of the attention modules."""
     guidance: Guidance = "batched"
+    sign: int = 1
+    """What pipelines multiply the output with before they hand it to the scheduler: 1 or -1."""
+    conditional: Side = "last"
+    """Which half of a guided batch follows the prompt; with separate calls, which call of a step."""
     modulation: tuple[str, ...] = ()
     """Glob patterns of the linears that depend on timestep (and pooled text) alone."""
     timestep: str = "timestep"
@@ -136,6 +141,8 @@ class DenoiserSpec:
     None where `latents` has such a form itself. It returns None when the arguments do not say how tokens lie.
     """
     released: Mapping[str, Released] = field(default_factory=dict[str, Released])
+    frames_per_token: int = 0
+    """How many latent frames a token spans, in a model of videos whose latents are [B, C, frames, height, width]."""
     latent_channels: str = "in_channels"
     """Configuration key of the number of channels of the denoiser's input."""
 

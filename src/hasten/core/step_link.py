@@ -7,7 +7,8 @@ from typing import Any
 
 from hasten.core.intercept import Interceptor, intercept
 
-_LEADING = ("model_output", "timestep", "sample")
+LEADING = ("model_output", "timestep", "sample")
+"""The first parameters of a scheduler's `step`."""
 
 
 class StepLink:
@@ -32,7 +33,7 @@ class StepLink:
 
     def _around(self, scheduler: object) -> Interceptor:
         def run(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            named = _LEADING[len(args) :]
+            named = LEADING[len(args) :]
             if not self._current(scheduler) or any(name not in kwargs for name in named):
                 return call(*args, **kwargs)
             leading = (*args, *(kwargs.pop(name) for name in named))

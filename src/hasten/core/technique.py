@@ -63,6 +63,8 @@ def about(text: str, **limits: object) -> dict[str, object]:
     """Field metadata: its description and limits (`ge`, `gt`, `le`).
 
     `off=value` is the setting that means "do nothing"; `trial=value` one that surely takes effect on a test model.
+    `budget` marks the parameter that decides how many steps are computed, and how: "count" is that very number,
+    "interval" a whole number that makes them fewer, "threshold" a positive number that makes them fewer.
     """
     return {"about": text, **limits}
 
@@ -77,7 +79,7 @@ class Technique:
     paper: ClassVar[str] = ""
     """Publication or specification the technique follows."""
     syncs: ClassVar[bool] = False
-    """True when a decision waits for the GPU at each step."""
+    """True when a decision waits for the GPU at each step; `waits` says it for given settings."""
     cuts_blocks: ClassVar[bool] = False
     """True when it decides inside a block, so that compiled blocks need up to twice as many graphs."""
 
@@ -89,6 +91,10 @@ class Technique:
     def claims(self) -> tuple[str, ...]:
         """Resources taken for oneself, such as `attention.kernel` or `stack.compute:*`; see `core.resolve`."""
         return ()
+
+    def waits(self) -> bool:
+        """Does a decision wait for the GPU at each step, with these settings?"""
+        return self.syncs
 
     def problems(self, target: Target) -> Iterable[str]:
         """Yield one plain sentence for each reason why this cannot run on `target`."""

@@ -71,15 +71,18 @@ def on_host(value: Any) -> float:
     return float(value.flatten()[0].item()) if isinstance(value, torch.Tensor) else float(value or 0.0)
 
 
-def position(timesteps: torch.Tensor, values: list[float], timestep: Any) -> int | None:
+def position(timesteps: torch.Tensor, first: float, timestep: Any) -> int | None:
     """The place of a timestep among all of a schedule, without waiting for a device; None if it cannot be told.
 
-    A pipeline usually passes an element (a view) of `timesteps`, recognized by its place in memory. Of other ones the
-    value counts (`values` holds those of `timesteps`), where both are whole numbers: others may have been rescaled.
+    A pipeline usually passes an element (a view) of `timesteps`, recognized by its place in memory. Of a copy the value
+    would have to be trusted, which may have been rescaled or rounded: it counts only as the very first one.
     """
-    if isinstance(timestep, torch.Tensor) and timestep.device == timesteps.device and timestep.dtype == timesteps.dtype:
-        if timestep.numel() and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
-            place = (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
-            return place if 0 <= place < len(values) else None
-        timestep = None if on_gpu(timestep) or timestep.is_floating_point() else int(on_host(timestep))
-    return values.index(timestep) if isinstance(timestep, int) and timestep in values else None
+    if isinstance(timestep, torch.Tensor) and _is_part(timestep, timesteps):
+        place = (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+        return place if 0 <= place < len(timesteps) else None
+    return 0 if not on_gpu(timestep) and on_host(timestep) == first else None
+
+
+def _is_part(some: torch.Tensor, whole: torch.Tensor) -> bool:
+    alike = some.device == whole.device and some.dtype == whole.dtype and some.numel() > 0
+    return alike and some.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

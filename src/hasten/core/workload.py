@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -35,6 +36,8 @@ class Workload:
             size = getattr(self, name)
             if size is not None and (not isinstance(size, int) or size < 16 or size % 8):
                 raise InvalidSetting(f"{name} must be a multiple of 8 and at least 16 pixels, not {size!r}.")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise InvalidSetting(f"guidance must be a finite number, not {self.guidance!r}.")
         if not self.seeds:
             raise InvalidSetting("A workload needs at least one seed.")
 

@@ -81,6 +81,7 @@ DIT = DenoiserSpec(
     ),
     repeated_blocks=("BasicTransformerBlock",),
     attention=("Attention",),
+    conditional="first",
     modulation=(
         "transformer_blocks.*.norm1.emb.timestep_embedder.linear_?",
         "transformer_blocks.*.norm1.linear",

@@ -67,6 +67,7 @@ QWEN_IMAGE = DenoiserSpec(
     repeated_blocks=("QwenImageTransformerBlock",),
     attention=("Attention",),
     guidance="separate",
+    conditional="first",
     modulation=(
         "time_text_embed.timestep_embedder.linear_?",
         "transformer_blocks.*.img_mod.1",

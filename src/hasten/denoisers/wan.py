@@ -91,6 +91,8 @@ WAN = DenoiserSpec(
     repeated_blocks=("WanTransformerBlock",),
     attention=("WanAttention",),
     guidance="separate",
+    frames_per_token=1,
+    conditional="first",
     modulation=("condition_embedder.time_embedder.linear_?", "condition_embedder.time_proj"),
     released={
         "Wan2.1-T2V-1.3B": _released("Wan2.1-T2V-1.3B", _SMALL, width=832, height=480, steps=50, frames=81),

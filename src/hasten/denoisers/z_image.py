@@ -91,6 +91,7 @@ Z_IMAGE = DenoiserSpec(
     ),
     repeated_blocks=("ZImageTransformerBlock",),
     attention=("Attention",),
+    conditional="first",
     modulation=(
         "t_embedder.mlp.?",
         "noise_refiner.*.adaLN_modulation.0",
@@ -98,6 +99,7 @@ Z_IMAGE = DenoiserSpec(
         "all_final_layer.*.adaLN_modulation.1",
     ),
     timestep="t",
+    sign=-1,
     latents="x",
     released={
         "Z-Image": _released("Z-Image", steps=50),

@@ -13,19 +13,22 @@ from statistics import median
 from typing import Any
 
 from hasten.core.errors import HastenError, Refused
-from hasten.core.files import atomic_write_bytes, ensure_folder
+from hasten.core.files import atomic_write_bytes, ensure_writable
 from hasten.core.recipe import Recipe, as_recipe
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
 from hasten.core.technique import Technique
 from hasten.core.workload import Workload
+from hasten.measure.budget import at_budget, parse_budget
 from hasten.measure.comparison import Comparison, Kind, Row, WorkloadRecord
 from hasten.measure.environment import environment
+from hasten.measure.folder import pictures_in, remove_pictures
 from hasten.measure.progress import Progress, Silent
 from hasten.measure.quality import Fidelity, mean_fidelity
 from hasten.measure.rendering import native_size
 from hasten.measure.rows import finished_row, refused_row
 from hasten.measure.runner import Run, run_recipe
+from hasten.measure.solvers import BEST, other_solver, solver_problem
 
 NamedRecipe = tuple[str, Recipe]
 FLOOR_RECIPE = "AttentionBackend(name='math')"
@@ -49,6 +52,8 @@ class _Job:
     baseline: Run | None = None
     floor: Fidelity | None = None
     interrupted: bool = False
+    budget: int | None = None
+    """Full steps to which every cache is set."""
     warnings: list[str] = field(default_factory=list[str])
 
 
@@ -62,17 +67,21 @@ def compare(
     fewer_steps: bool = True,
     progress: Progress | None = None,
     title: str = "",
+    budget: str | float | None = None,
 ) -> Comparison:
     """Run every recipe on the same prompts and seeds, the plain pipeline first, and return the comparison.
 
     With `out`, pictures, `comparison.json` and `report.html` are written there, also after Ctrl-C (then marked
     incomplete). A refused or failing recipe gets a row with the reason. `fewer_steps` adds, for each lossy recipe
-    that was faster, the plain pipeline with as many steps as fit into the same time.
+    that was faster, the plain pipeline with as many steps as fit into the same time, and a better solver with as
+    many. With a `budget` ("2x", or a number of full steps) every cache is set to compute that many steps, and the plain
+    pipeline takes so many.
     """
     if not workload.prompts:
         raise HastenError("A comparison needs at least one prompt.")
-    folder = ensure_folder(out) if out is not None else None
+    folder = ensure_writable(out) if out is not None else None
     job = _Job(pipeline, workload, max(runs, 1), folder, progress or Silent(), title or type(pipeline).__name__)
+    job.budget = None if budget is None else parse_budget(budget, workload.steps)
     named = [_named(recipe) for recipe in recipes]
     try:
         _run_all(job, named, fewer_steps)
@@ -80,9 +89,11 @@ def compare(
         job.interrupted = True
     comparison = _comparison(job)
     if folder is not None:
+        earlier = pictures_in(folder)
         comparison = comparison.in_folder(folder)
         comparison.to_json(folder / "comparison.json")
         comparison.to_html(folder / "report.html")
+        remove_pictures(earlier - pictures_in(folder))
     return comparison
 
 
@@ -99,11 +110,32 @@ def _run_all(job: _Job, recipes: list[NamedRecipe], fewer_steps: bool) -> None:
     _run_row(job, "plain", Recipe(), "baseline")
     _measure_floor(job)
     for name, recipe in others:
-        _run_row(job, name, recipe, "recipe")
+        _run_row(job, *_within_budget(job, name, recipe), "recipe")
     if fewer_steps:
-        for steps in _matched_steps(job):
-            _run_row(job, f"plain, {steps} steps", Recipe(), "fewer_steps", job.workload.replace(steps=steps))
+        for steps in _matched_steps(job) if job.budget is None else [job.budget]:
+            _run_controls(job, steps)
     _check_drift(job)
+
+
+def _run_controls(job: _Job, steps: int) -> None:
+    """The plain pipeline with so many steps, and a better solver with as many: a cache has to beat both."""
+    fewer = job.workload.replace(steps=steps)
+    _run_row(job, f"plain, {steps} steps", Recipe(), "fewer_steps", fewer)
+    if solver_problem(getattr(job.pipeline, "scheduler", None)) is None:
+        with other_solver(job.pipeline):
+            _run_row(job, f"{BEST} solver, {steps} steps", Recipe(), "other_solver", fewer)
+
+
+def _within_budget(job: _Job, name: str, recipe: Recipe) -> NamedRecipe:
+    """The recipe with its cache set to the budget, named after what was set; one that cannot run stays as it is."""
+    if job.budget is None or resolve(recipe, Target.of(job.pipeline)).refusals:
+        return name, recipe
+    job.progress.row(f"setting of {name}")
+    try:
+        found = at_budget(job.pipeline, recipe, job.workload, job.budget)
+    except HastenError:
+        return name, recipe
+    return (name if found == recipe else str(found)), found
 
 
 def _run_row(job: _Job, name: str, recipe: Recipe, kind: Kind, workload: Workload | None = None) -> None:

@@ -88,8 +88,10 @@ class PeakMemory:
     @contextmanager
     def _watch_gpu(self) -> Generator[None]:
         torch.cuda.reset_peak_memory_stats(self._device)
-        yield
-        self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
+        try:
+            yield
+        finally:
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
 
     @contextmanager
     def _watch_process(self) -> Generator[None]:

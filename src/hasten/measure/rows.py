@@ -43,15 +43,15 @@ def finished_row(
         setup_seconds=setup,
         pays_off_after_images=_pays_off(setup, timing, baseline) if run.recipe.techniques else None,
         peak_memory_bytes=run.peak_memory or None,
-        steps=_steps(run),
+        steps=None if interrupted else _steps(run),
         fidelity=FidelityRecord.of(fidelity) if fidelity else None,
         noise_floor=FidelityRecord.of(floor) if floor else None,
         difference=describe_difference(fidelity, floor) if fidelity else None,
         engaged=tuple(evidence.summary for evidence in run.evidence),
-        phases=Phases(**run.phases),
+        phases=Phases(**run.phases) if run.phases else None,
         images=images,
         changes=tuple(run.changes),
-        step_map=_step_map(run),
+        step_map=None if interrupted else _step_map(run),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -15,9 +15,9 @@ from hasten.core.patch import summarize
 from hasten.core.recipe import Recipe
 from hasten.core.session import Session, accelerate
 from hasten.core.target import Target
-from hasten.core.technique import Evidence
+from hasten.core.technique import Evidence, Technique
 from hasten.core.workload import Workload
-from hasten.measure.instruments import PHASES, PeakMemory, Stopwatch, synchronize
+from hasten.measure.instruments import PeakMemory, Stopwatch, synchronize
 from hasten.measure.rendering import render
 
 Picture = tuple[str, int]
@@ -34,7 +34,8 @@ class Run:
     seconds: list[float] = field(default_factory=list[float])
     first_image_seconds: float = 0.0
     apply_seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    phases: dict[str, float] | None = None
+    """Seconds per picture in each part of the pipeline; None for a run that was not finished."""
     peak_memory: int = 0
     evidence: list[Evidence] = field(default_factory=list[Evidence])
     changes: list[str] = field(default_factory=list[str])
@@ -53,38 +54,59 @@ def run_recipe(pipeline: Any, run: Run, *, runs: int = 1, advance: Callable[[], 
     Set-up (applying, and what the first picture takes longer than the others) is kept apart. `advance` is
     called after each picture. An exception leaves in `run` what was finished, and the pipeline as it was.
     """
-    target = Target.of(pipeline)
+    target, warm_up = Target.of(pipeline), dict[Technique, tuple[int, int]]()
     began = time.perf_counter()
     with accelerate(pipeline, run.recipe) as session:
         run.apply_seconds = time.perf_counter() - began
-        memory, watch = PeakMemory(target.device), Stopwatch(target)
-        with memory.watching():
-            run.first_image_seconds = _timed(target, lambda: render(pipeline, run.workload, *run.pictures[0]))
-            advance()
-            with watch.running():
+        memory = PeakMemory(target.device)
+        try:
+            with memory.watching():
+                run.first_image_seconds = _timed(target, lambda: render(pipeline, run.workload, *run.pictures[0]))
+                advance()
+                warm_up |= _counts(session)
                 _make_pictures(pipeline, run, target, runs, advance)
-        run.peak_memory = memory.bytes
-        run.phases = {name: total / max(len(run.seconds), 1) for name, total in watch.seconds().items()}
-        _take_evidence(run, session)
+        finally:
+            run.peak_memory = memory.bytes
+            if run.images:
+                _take_evidence(run, session, warm_up)
 
 
 def _make_pictures(pipeline: Any, run: Run, target: Target, runs: int, advance: Callable[[], None]) -> None:
-    for repetition in range(runs):
-        for prompt, seed in run.pictures:
-            with _stopping(target, run.seconds):
-                image = render(pipeline, run.workload, prompt, seed)
-            if repetition == 0:
-                run.images.append(image)
-            advance()
+    watch = Stopwatch(target)
+    with watch.running():
+        for repetition in range(runs):
+            for prompt, seed in run.pictures:
+                with _stopping(target, run.seconds):
+                    image = render(pipeline, run.workload, prompt, seed)
+                if repetition == 0:
+                    run.images.append(image)
+                advance()
+    run.phases = {name: total / max(len(run.seconds), 1) for name, total in watch.seconds().items()}
 
 
-def _take_evidence(run: Run, session: Session) -> None:
+def _take_evidence(run: Run, session: Session, warm_up: dict[Technique, tuple[int, int]]) -> None:
     for technique in session.recipe:
         run.changes += summarize(session.log(technique))
         try:
-            run.evidence.append(technique.engaged(session))
+            run.evidence.append(_without(technique.engaged(session), *warm_up.get(technique, (0, 0))))
         except NotEngaged as error:
             run.problem = f"{type(technique).__name__} did not engage: {error}"
+
+
+def _counts(session: Session) -> dict[Technique, tuple[int, int]]:
+    """Full and reused steps so far: those of the warm-up picture, which would count for its prompt twice."""
+    found: dict[Technique, tuple[int, int]] = {}
+    for technique in session.recipe:
+        with suppress(NotEngaged):
+            evidence = technique.engaged(session)
+            found[technique] = (evidence.full_steps or 0, evidence.reused_steps or 0)
+    return found
+
+
+def _without(evidence: Evidence, full: int, reused: int) -> Evidence:
+    if evidence.full_steps is None or evidence.reused_steps is None:
+        return evidence
+    return replace(evidence, full_steps=evidence.full_steps - full, reused_steps=evidence.reused_steps - reused)
 
 
 def _timed(target: Target, work: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -130,9 +131,32 @@ def _load_pipeline(name: str, folder: Path | None, torch_dtype: Any) -> Any:
     try:
         return diffusers.DiffusionPipeline.from_pretrained(str(folder or name), torch_dtype=torch_dtype)
     except Exception as error:
-        place = f"the folder {folder}" if folder else f"{name!r} from the model hub"
-        hint = "" if folder else f" Models that need no download: {', '.join(bundled())}."
-        raise HastenError(f"Cannot load {place}: {_first_line(error)}{hint}") from error
+        if folder:
+            raise HastenError(f"Cannot load the folder {folder}: {_first_line(error)}") from error
+        hint = f"Models that need no download: {', '.join(bundled())}."
+        raise HastenError(f"Cannot load {name!r} from the model hub: {_hub_problem(error)} {hint}") from error
+
+
+HUB_PROBLEMS = (
+    ("GatedRepoError", "its licence must be accepted on the hub first, by an account that is logged in here."),
+    ("RepositoryNotFoundError", "there is no such model, or it is private."),
+    ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set, and the model is not in the local cache."),
+    ("NetworkError", "the hub cannot be reached, and the model is not in the local cache."),
+    ("TimeoutException", "the hub does not answer, and the model is not in the local cache."),
+)
+"""What the libraries' errors mean; the hub's own come first because they derive from the network's."""
+
+
+def _hub_problem(error: BaseException) -> str:
+    """The cause in plain words: diffusers' own message speaks of the cache even when the model does not exist."""
+    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    return next((words for kind, words in HUB_PROBLEMS if kind in kinds), _first_line(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _checked_folder(path: Path) -> Path:

@@ -32,6 +32,8 @@ class BranchSite:
     What is reused is a branch's output before the gate; shift, scale and gate follow the present timestep.
     """
 
+    afresh: tuple[str, ...] = ()
+
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
         self._cells: list[_Cell] = []
@@ -41,18 +43,14 @@ class BranchSite:
 
     def install(self, patch: Patch) -> None:
         """Intercept the branches of every block, and the sub-modules that do nothing but feed one of them."""
-        for stack, block in blocks(self._denoiser):
-            for name in stack.branches:
-                if (module := _part(block, name)) is not None:
-                    cell = self._new_cell(self._branches)
-                    patch.around(module, self._around(cell, cell, _itself), "its output is reused")
-                    self._install_feeders(block, stack.feeders.get(name, ()), cell, patch)
-
-    def _install_feeders(self, block: nn.Module, names: tuple[str, ...], fed: _Cell, patch: Patch) -> None:
-        for name in names:
-            if (module := _part(block, name)) is not None:
-                link = self._around(self._new_cell(), fed, _hollow)
-                patch.around(module, link, "is left out on reused steps")
+        cell = fed = _Cell()
+        for module, is_branch in parts(self._denoiser):
+            if is_branch:
+                cell = fed = self._new_cell(self._branches)
+                patch.around(module, self._around(cell, fed, _itself), "its output is reused")
+            else:
+                cell = self._new_cell()
+                patch.around(module, self._around(cell, fed, _hollow), "is left out on reused steps")
 
     def _new_cell(self, *lists: list[_Cell]) -> _Cell:
         cell = _Cell()
@@ -120,6 +118,26 @@ def blocks(denoiser: Denoiser) -> Iterator[tuple[Stack, nn.Module]]:
     for stack in denoiser.spec.stacks:
         for block in denoiser.stack(stack):
             yield stack, block
+
+
+def parts(denoiser: Denoiser) -> Iterator[tuple[nn.Module, bool]]:
+    """The sub-modules that a `BranchSite` intercepts, in the order of what it keeps.
+
+    With each: is it a branch itself? Otherwise it feeds the branch before it.
+    """
+    for stack, block in blocks(denoiser):
+        for name in stack.branches:
+            if (branch := _part(block, name)) is not None:
+                yield branch, True
+                feeders = (_part(block, feeder) for feeder in stack.feeders.get(name, ()))
+                yield from ((feeder, False) for feeder in feeders if feeder is not None)
+
+
+def place_in_the_middle(denoiser: Denoiser) -> int:
+    """The place, in what a `BranchSite` keeps, of the first branch of the middle block: its attention."""
+    every = [block for _, block in blocks(denoiser)]
+    inside = set(every[(len(every) - 1) // 2].modules())
+    return next(place for place, (module, is_branch) in enumerate(parts(denoiser)) if is_branch and module in inside)
 
 
 def _part(block: nn.Module, path: str) -> nn.Module | None:

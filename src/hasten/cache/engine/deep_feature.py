@@ -81,6 +81,8 @@ class DeepFeatureSite:
     puts out: such calls are computed and keep nothing.
     """
 
+    afresh: tuple[str, ...] = ()
+
     def __init__(self, denoiser: Denoiser, cut: Cut) -> None:
         self._stages, self._cut = _Stages(denoiser), cut
         self._first_up = len(_layers(self._stages.ups[cut.stage])) - 1 - cut.layers

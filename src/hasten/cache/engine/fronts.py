@@ -25,10 +25,32 @@ def no_front(target: Target, *, front: int, back: int) -> Iterator[str]:
     """Complain about denoisers that have no such front, or where nothing can be decided after it."""
     for denoiser in target.denoisers:
         if denoiser.spec.unet is None:
-            yield from no_stack(denoiser, more_than=front + back)
+            yield from list(no_stack(denoiser)) or _too_deep(denoiser, front, back)
         elif back:
             yield "a U-Net's last layers always belong to its front; set back=0."
         else:
-            yield from no_cut(denoiser, front)
-        if front:
-            yield from compiled_whole(denoiser)
+            yield from list(no_cut(denoiser, 0)) or _no_inside(denoiser, front)
+        yield from compiled_whole(denoiser)
+
+
+def _too_deep(denoiser: Denoiser, front: int, back: int) -> Iterator[str]:
+    """Complain when front and back leave no block between them."""
+    count = sum(len(denoiser.stack(stack)) for stack in denoiser.spec.stacks)
+    if front + back < count:
+        return
+    has = f"{denoiser.spec.model_class} has only {count} block{'s' if count > 1 else ''}"
+    if (largest := count - 1 - back) >= 1:
+        yield f"{has}, so front={front} leaves nothing to reuse; the largest front that works here is {largest}."
+    elif back and count > 1:
+        yield f"{has}, so back={back} leaves nothing to reuse; the largest back that works here is {count - 2}."
+    else:
+        yield f"{has}, so nothing is left to reuse."
+
+
+def _no_inside(denoiser: Denoiser, front: int) -> Iterator[str]:
+    """Complain when no layer of a U-Net lies inside its front."""
+    if front > (largest := len(cuts(denoiser)) - 1):
+        yield (
+            f"this U-Net has no {front} outer down layers to compute first; the largest front that works here "
+            f"is {largest}."
+        )

@@ -19,6 +19,10 @@ class Hold:
     smooth: bool = False
     """Does it assume that values move smoothly? Then a sampler that adds noise at every step makes it useless."""
 
+    def obstacle(self, moment: Moment) -> str:
+        """Why nothing can be guessed at this moment; empty when it can."""
+        return ""
+
     def weights(self, moments: Sequence[Moment], at: Moment) -> tuple[float, ...]:
         """Weights of the kept values (computed at `moments`, newest last) in the guess for `at`."""
         return (*(0.0,) * (len(moments) - 1), 1.0)

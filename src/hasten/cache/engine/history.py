@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from hasten.cache.engine.site import Value
@@ -54,14 +56,29 @@ class History:
         return sum(size_in_bytes(snapshot.value) for snapshot in self.snapshots)
 
 
-def kind_of_call(given: Mapping[str, Any], timestep: str, module: nn.Module) -> object:
+def kind_of_call(given: Mapping[str, Any], varying: tuple[str, ...], module: nn.Module) -> object:
     """What must not change between computing and reusing: sizes, types, settings and adapters; not the numbers.
 
-    `given` holds the call's arguments by name; the one called `timestep` is left out, for it always changes.
+    `given` holds the call's arguments by name; those whose name matches a pattern of `varying` are left out.
     """
-    arguments = [(name, value) for name, value in given.items() if name != timestep and value is not None]
+    arguments = [(name, value) for name, value in given.items() if value is not None and not _matches(name, varying)]
     leaves = tuple((name, *map(_essence, tree_leaves(value))) for name, value in arguments)
     return leaves, _adapters(module)
+
+
+def conditioning(given: Mapping[str, Any], *varying: str) -> object:
+    """Which tensors a call is given beside those that vary from step to step: which memory, not which numbers."""
+    others = [value for name, value in given.items() if name not in varying]
+    return tuple(_memory(leaf) for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor))
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    """Tells a tensor's memory from any other: unlike an address, a weak reference never comes to mean something else."""
+    return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _essence(leaf: Any) -> object:
@@ -74,7 +91,7 @@ def _adapters(module: nn.Module) -> object:
     """Names, choice and strength of the LoRA adapters that PEFT has put into a denoiser."""
     if not getattr(module, "peft_config", None):
         return ()
-    layer: Any = next((part for part in module.modules() if hasattr(part, "active_adapters")), None)
+    layer: Any = next((part for part in module.modules() if hasattr(part, "lora_A")), None)
     if layer is None:
         return ()
     scaling: dict[str, float] = getattr(layer, "scaling", {})

@@ -15,6 +15,8 @@ from hasten.core.patch import Patch
 class OutputSite:
     """The denoiser's output, whatever its form (tuple, output class, list of pictures); see `engine.site.Site`."""
 
+    afresh: tuple[str, ...] = ()
+
     def __init__(self) -> None:
         self._value: list[Any] | None = None
         self._kept: list[Any] | None = None

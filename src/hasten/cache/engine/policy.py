@@ -51,13 +51,20 @@ class Policy:
 class Fixed(Policy):
     """Follows a schedule that is known beforehand: no tensor work and nothing to wait for."""
 
-    def __init__(self, computes: Callable[[int, int | None], bool]) -> None:
-        """`computes(step, steps)`; `steps` is None where no scheduler is observed."""
+    def __init__(self, computes: Callable[[int, int | None], bool], *, own_start: bool = False) -> None:
+        """`computes(step, steps)`; `steps` is None where no scheduler is observed.
+
+        With `own_start`, steps are counted from the first in which this denoiser takes part: of two experts, the
+        second begins its own warm-up.
+        """
         self._computes = computes
+        self._start = None if own_start else 0
 
     def decide(self, moment: Moment) -> bool:
         """As scheduled."""
-        return self._computes(moment.step, moment.steps)
+        if self._start is None:
+            self._start = moment.step
+        return self._computes(moment.step - self._start, moment.steps and moment.steps - self._start)
 
     def share(self, steps: int) -> float:
         """Counted from the schedule; the first step is always computed."""

@@ -73,7 +73,10 @@ class Cache(Technique):
         return session.state(self, Statistics).evidence(type(self).__name__, may_never_reuse=self == self.inert())
 
     def cost(self, target: Target, workload: Workload) -> Cost:
-        """Time is the mean share of operations where the schedule is known; memory is what is kept a branch."""
+        """Time is the mean share of operations where the schedule is known; memory is what is kept a branch.
+
+        A guess from several values is one more of them, while it is used.
+        """
         denoiser = stand_in(target.denoisers[0])
         arguments, site = example_call(denoiser, target, workload), self.site(denoiser)
         site.install(Patch({}, Clock))
@@ -84,9 +87,10 @@ class Cache(Technique):
         site.reuse(kept)
         rest = flops(denoiser, arguments, site) / full
         share = self.policy(denoiser).share(workload.steps)
-        branches = 2 if denoiser.spec.guidance == "separate" else 1
+        snapshots = self.guess().snapshots
+        values = snapshots * (2 if denoiser.spec.guidance == "separate" else 1) + (snapshots > 1)
         return Cost(
             time_factor=None if share is None else share + (1 - share) * rest,
-            extra_bytes=branches * self.guess().snapshots * size_in_bytes(kept),
+            extra_bytes=values * size_in_bytes(kept),
             basis="measured" if share is None else "formula",
         )

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 from hasten.cache.engine.branches import blocks
 from hasten.cache.engine.deep_feature import cuts, obstacles
-from hasten.core.target import Denoiser
+from hasten.core.intercept import base_class
+from hasten.core.sampler import adds_noise
+from hasten.core.schedulers import kind_of
+from hasten.core.target import Denoiser, Target
 
 
 def no_stack(denoiser: Denoiser, *, more_than: int = 0) -> Iterator[str]:
@@ -47,3 +50,11 @@ def compiled_whole(denoiser: Denoiser) -> Iterator[str]:
     """Complain about a denoiser inside whose single graph nothing can be decided."""
     if denoiser.module._compiled_call_impl is not None:
         yield f"{denoiser.spec.model_class} is compiled as a whole; compile its blocks instead (CompileBlocks)."
+
+
+def noisy_sampler(target: Target) -> Iterator[str]:
+    """Complain about a scheduler that is known to add noise at each step, so that nothing moves smoothly."""
+    scheduler = target.scheduler
+    if kind_of(scheduler) is not None and adds_noise(scheduler, {}):
+        name = base_class(scheduler).__name__
+        yield f"{name} adds noise at each step, which no forecast foresees; use FORA, or a sampler that adds none."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from hasten.cache.engine.change import sampled
 from hasten.cache.engine.guess import Hold
-from hasten.cache.engine.history import History, Snapshot, kind_of_call
+from hasten.cache.engine.history import History, Snapshot, conditioning, kind_of_call
+from hasten.cache.engine.output import OutputSite
 from hasten.cache.engine.policy import Policy
 from hasten.cache.engine.site import Site, Value
 from hasten.cache.engine.statistics import Statistics
@@ -28,6 +30,27 @@ Given = Mapping[str, Any]
 CHANGED = "size, settings or adapters changed"
 NOTHING_KEPT = "nothing was kept"
 FIRST = "first step"
+MISSED = "the branch was not called at the last computed step"
+OTHER_LEADER = "another guidance branch comes first"
+SWAPPED = "the guidance branches changed places"
+NOISE = "the sampler adds noise at each step"
+SEVERAL = "the sampler makes several calls per step"
+
+
+@dataclass
+class _Decision:
+    """What was decided in a step by its first call, which leads: all guidance branches follow."""
+
+    step: int = -1
+    leader: str = ""
+    wanted: bool = True
+    """Would the policy compute?"""
+    obstacle: str = ""
+    """Why the leader had to be computed anyway."""
+
+    @property
+    def computes(self) -> bool:
+        return self.wanted or bool(self.obstacle)
 
 
 class Runner:
@@ -48,7 +71,9 @@ class Runner:
         self._policy = policy()
         self._request = -1
         self._histories: dict[str, History] = {}
-        self._step, self._leader, self._computes = -1, "", True
+        self._decision = _Decision()
+        self._computed_at = -1
+        self._texts: dict[str, object] = {}
 
     def install(self, patch: Patch, what: str) -> None:
         """Intercept the denoiser's call, and what the site needs."""
@@ -62,7 +87,7 @@ class Runner:
         history = self._history_at(moment)
         reason = self._obstacle(moment, history, given)
         try:
-            self._prepare(moment, history, given, possible=not reason)
+            self._prepare(moment, history, given, reason)
             output = self._site.run(call, given, args, kwargs)
             self._conclude(moment, history, given, reason)
         except BaseException:
@@ -74,47 +99,70 @@ class Runner:
 
     def _history_at(self, moment: Moment) -> History:
         if moment.request != self._request:
-            self._request, self._step = moment.request, -1
+            self._request, self._decision = moment.request, _Decision()
             self._policy = self._make_policy()
-            self._histories = {}
+            self._histories, self._texts, self._computed_at = {}, {}, -1
         return self._histories.setdefault(moment.branch, History(self._guess.snapshots))
 
     def _obstacle(self, moment: Moment, history: History, given: Given) -> str:
         """Why this call must be computed whatever the policy says; empty when it need not."""
-        kind = kind_of_call(given, self._denoiser.spec.timestep, self._denoiser.module)
-        if history.admit(kind):
+        swapped = self._swapped(moment, given)
+        varying = (self._denoiser.spec.timestep, *self._site.afresh)
+        if history.admit(kind_of_call(given, varying, self._denoiser.module)):
             return CHANGED
-        if history.snapshots:
-            return ""
-        return FIRST if moment.first else NOTHING_KEPT
+        if swapped:
+            history.forget()
+            return SWAPPED
+        if not history.snapshots:
+            return FIRST if moment.first else NOTHING_KEPT
+        if history.snapshots[-1].moment.step < self._computed_at < moment.step:
+            return MISSED
+        if moment.step != self._decision.step and moment.branch != self._decision.leader:
+            return OTHER_LEADER
+        return self._unpredictable(moment, history)
 
-    def _prepare(self, moment: Moment, history: History, given: Given, *, possible: bool) -> None:
+    def _swapped(self, moment: Moment, given: Given) -> bool:
+        """Does this branch come with what another one came with before? Pipelines that do not name branches drop some."""
+        spec = self._denoiser.spec
+        now, before = conditioning(given, spec.timestep, spec.latents), self._texts.get(moment.branch)
+        others = [text for branch, text in self._texts.items() if branch != moment.branch]
+        self._texts[moment.branch] = now
+        return before is not None and now != before and now in others
+
+    def _unpredictable(self, moment: Moment, history: History) -> str:
+        """Why the sampler makes guesses worthless that take its path to be smooth."""
+        if self._clock.noisy and (self._guess.smooth or isinstance(self._site, OutputSite)):
+            return NOISE
+        if reason := self._guess.obstacle(moment):
+            return reason
+        levels = [snapshot.moment.level for snapshot in history.snapshots] + [moment.level]
+        known = [level for level in levels if level is not None]
+        return SEVERAL if self._guess.smooth and len(set(known)) < len(known) else ""
+
+    def _prepare(self, moment: Moment, history: History, given: Given, obstacle: str) -> None:
         """Tell the site what to do, once the policy has decided for this step or has asked to see the front."""
-        begins = moment.step != self._step
-        if begins:
+        if moment.step != self._decision.step:
             decided = self._policy.decide(moment)
             if self._policy.looks_at == "input":
                 picture = self._picture(given)
                 observed = picture is None or self._policy.observe(moment, picture)
                 decided = observed if decided is None else decided
-            self._step, self._leader, self._computes = moment.step, moment.branch, decided is not False
+            self._decision = _Decision(moment.step, moment.branch, decided is not False, obstacle)
             if self._policy.looks_at == "front":
-                self._site.ask(self._judge(moment, history, given, decided, possible=possible))
+                self._site.ask(self._judge(moment, history, given, decided))
                 return
-        if self._computes or not possible:
+        if self._decision.computes or obstacle:
             self._site.keep()
         else:
             self._site.reuse(self._guess.guess(history.snapshots, moment, given))
 
     def _judge(
-        self, moment: Moment, history: History, given: Given, decided: bool | None, *, possible: bool
+        self, moment: Moment, history: History, given: Given, decided: bool | None
     ) -> Callable[[torch.Tensor, torch.Tensor | None], Value | None]:
         def judge(after: torch.Tensor, before: torch.Tensor | None) -> Value | None:
             observed = self._policy.observe(moment, sampled(after, before))
-            self._computes = observed if decided is None else decided
-            if self._computes or not possible:
-                return None
-            return self._guess.guess(history.snapshots, moment, given)
+            self._decision.wanted = observed if decided is None else decided
+            return None if self._decision.computes else self._guess.guess(history.snapshots, moment, given)
 
         return judge
 
@@ -125,14 +173,14 @@ class Runner:
         if full:
             kept = None if kept is None else self._guess.encode(kept, moment, given)
             self._remember(history, moment, kept)
-        decides = moment.branch == self._leader
+        decides = moment.branch == self._decision.leader
         if decides and full:
+            self._computed_at = moment.step
             self._policy.computed(moment, kept, lambda: self._guessed(earlier, moment, given))
         elif decides:
             self._policy.reused(moment)
-        self._statistics.record(
-            self._denoiser.name, moment, full=full, reason=self._policy.trouble if self._computes else reason
-        )
+        reason = self._policy.trouble if self._decision.wanted else reason or self._decision.obstacle
+        self._statistics.record(self._denoiser.name, moment, full=full, reason=reason)
 
     def _remember(self, history: History, moment: Moment, kept: Value | None) -> None:
         if kept is None:
@@ -145,7 +193,10 @@ class Runner:
             history.forget()  # the memory is wanted for decoding the picture
 
     def _guessed(self, earlier: tuple[Snapshot, ...], moment: Moment, given: Given) -> Value | None:
-        return self._guess.guess(earlier, moment, given) if earlier else None
+        """The guess for a computed step, as it would be remembered; None where there could be none."""
+        if not earlier or self._guess.obstacle(moment):
+            return None
+        return self._guess.encode(self._guess.guess(earlier, moment, given), moment, given)
 
     def _picture(self, given: Given) -> torch.Tensor | None:
         """The noisy picture of a call, as one batch; None where its layout cannot be told."""

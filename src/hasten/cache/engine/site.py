@@ -20,6 +20,9 @@ its beginning; answers with the value to reuse, or None to compute."""
 class Site(Protocol):
     """Does nothing until `keep`, `reuse` or `ask` says what the next call is; `rest` must follow that call."""
 
+    afresh: tuple[str, ...]
+    """Patterns of the names of arguments that act afresh on a reused step, so that they may come, go and change."""
+
     @property
     def kept(self) -> Value | None:
         """What the latest call has kept; None when it kept nothing that can be reused."""

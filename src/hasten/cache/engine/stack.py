@@ -31,6 +31,8 @@ class StackSite:
     block, as the specification declares it.
     """
 
+    afresh: tuple[str, ...] = ("*controlnet*",)
+
     def __init__(self, denoiser: Denoiser, *, front: int = 1, back: int = 0) -> None:
         self._denoiser, self._front = denoiser, front
         self._stacks = tuple(stack for stack in denoiser.spec.stacks if len(denoiser.stack(stack)))

@@ -16,8 +16,9 @@ from hasten.core.target import Denoiser
 class ChangeOfFront(Policy):
     """Reuse while the front's residual is within `threshold` of the one at the last computed step.
 
-    Source: ParaAttention's First Block Cache (2024) and cache-dit's DBCache (2025). With `late=True` each step is
-    decided by the change of the step before, which has reached the host by then: nothing waits for the GPU.
+    Source: ParaAttention's First Block Cache (2024) and cache-dit's DBCache (2025). With `late=True` a step is decided
+    by the change measured in the step before, carried on at its mean rate per step: that number has reached the host
+    by then, so nothing waits for the GPU. While the rate is even, late decisions are those that waiting would give.
     """
 
     looks_at: Signal = "front"
@@ -29,6 +30,8 @@ class ChangeOfFront(Policy):
         self._anchor: torch.Tensor | None = None
         self._latest: torch.Tensor | None = None
         self._reading: Reading | None = None
+        self._span = 1
+        self._anchored_at = -1
 
     def decide(self, moment: Moment) -> bool | None:
         """Known beforehand only for a threshold of 0, or when the step before decides."""
@@ -36,7 +39,11 @@ class ChangeOfFront(Policy):
             return True
         if not self._late:
             return None
-        return self._reading is None or not self._reading.value() < self._threshold
+        return self._reading is None or not self._expected(self._reading, moment) < self._threshold
+
+    def _expected(self, reading: Reading, moment: Moment) -> float:
+        """The change from the last computed step to `moment`, if it goes on as it went until the step before."""
+        return reading.value() / self._span * (moment.step - self._anchored_at)
 
     def observe(self, moment: Moment, signal: torch.Tensor) -> bool:
         """Compute unless the change since the last computed step is below the threshold; NaN computes."""
@@ -45,8 +52,9 @@ class ChangeOfFront(Policy):
             self._reading = None
             return True
         self._reading = Reading(over_batch(relative_change(signal, anchor, self._group), self._how))
+        self._span = max(1, moment.step - self._anchored_at)
         return False if self._late else not self._reading.value() < self._threshold
 
     def computed(self, moment: Moment, kept: Value | None, guessed: Callable[[], Value | None]) -> None:
         """The residual just seen becomes the anchor."""
-        self._anchor = self._latest
+        self._anchor, self._anchored_at = self._latest, moment.step

@@ -141,7 +141,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    cast("dict[str, object]", environment.filters).update(readable=_readable, pieces=_pieces)
+    cast("dict[str, object]", environment.filters).update(readable=_readable, pieces=_pieces, words=_words)
     cast("dict[str, object]", environment.globals).update(plural=fmt.plural)
     return environment
 
@@ -158,6 +158,11 @@ def _readable(value: object) -> str:
 def _pieces(recipe: str) -> list[str]:
     """The recipe in pieces between which a line may break."""
     return re.split(r"(?<=[(,|])", recipe)
+
+
+def _words(name: str) -> list[str]:
+    """A name in pieces between which a line may break: `FirstBlockCache` as First, Block, Cache."""
+    return re.split(r"(?<=[a-z])(?=[A-Z])", name)
 
 
 def _view(index: int, label: str, comparison: Comparison) -> RowView:

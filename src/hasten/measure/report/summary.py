@@ -35,6 +35,12 @@ _TILE_LABELS = {
     "slight": "Slight differences",
     "strong": "Plainly different",
 }
+_HEADLINES = {
+    "identical": "every pixel the same",
+    "none": "and the images look the same",
+    "invisible": "and the images look the same",
+    "slight": "with slight differences",
+}
 _CONTROLS = {"fewer_steps": "fewer steps", "other_solver": "another solver"}
 _VERDICTS = {
     (True, True): "{b} is both faster and closer.",
@@ -80,13 +86,10 @@ def headline(comparison: Comparison) -> str:
             return "No recipe was faster"
         alone = all(row.kind == "baseline" for row in comparison.rows)
         return "Only the plain pipeline was run" if alone else "No recipe could be compared"
-    faster = f"{fmt.speedup(choice.row.speedup, _TIMES)} as fast"
-    word = closeness(choice.row)
-    if word == "identical":
-        return f"{faster}, every pixel the same"
-    if word in ("none", "invisible"):
-        return f"{faster}, and the images look the same"
-    return f"{faster}, with slight differences" if word == "slight" else f"{faster}, but the images differ"
+    likeness = _HEADLINES.get(closeness(choice.row), "but the images differ")
+    gain = f"{fmt.speedup(choice.row.speedup, _TIMES)} as fast, {likeness}"
+    better = beaten_by(choice.row, comparison)
+    return f"{gain}; {_CONTROLS[better.kind]} would do" if better else gain
 
 
 def sentences(comparison: Comparison) -> list[Sentence]:

@@ -114,10 +114,14 @@ def choices(comparison: Comparison) -> list[Choice]:
 
 
 def pick(comparison: Comparison) -> Choice | None:
-    """The row to point at: the fastest with a slight difference at most, otherwise the fastest of all."""
+    """The row to point at: the fastest with a slight difference at most, otherwise the fastest of all.
+
+    Rows that a control beats come into question only where it beats all of those.
+    """
     found = choices(comparison)
     close = [choice for choice in found if choice.limit != "strong"]
-    return (close or found or [None])[-1]
+    worth = [choice for choice in close if not beaten_by(choice.row, comparison)]
+    return (worth or close or found or [None])[-1]
 
 
 def nearest_control(comparison: Comparison) -> Row | None:
