@@ -6,14 +6,14 @@ import functools
 
 import numpy as np
 import pytest
+from tests.cache.planning.simulation import Mixture, Simulation, flow_grid, gains, noise, recorded
 
 from hasten.cache.engine.records import Floats, Grid, Plan, SeedRecord, Solver
 from hasten.cache.engine.rules import Rule
-from hasten.core.errors import InvalidSetting
 from hasten.cache.planning.planner import DEFAULT, HOLD, Planner, default_rules, neighbours, uniform
 from hasten.cache.planning.replan import standing_plans
 from hasten.cache.planning.segments import segment_error
-from tests.cache.planning.simulation import Mixture, Simulation, flow_grid, gains, noise, recorded
+from hasten.core.errors import InvalidSetting
 
 FIELD = Mixture()
 T = 28

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.records import Goal, Grid, PlanKey, SeedRecord
-from hasten.core.errors import BrokenOutput, InvalidSetting
 from hasten.cache.planning.gains import interpolated_gains, landing_gain
 from hasten.cache.planning.nodes import converged_states, solver_costs
 from hasten.cache.planning.path import Path as SamplerPath
@@ -20,7 +20,7 @@ from hasten.cache.planning.recording import Recorder
 from hasten.cache.planning.regrid import interpolation, regrid
 from hasten.cache.planning.replan import planner_of, replan, standing_plans
 from hasten.cache.planning.tables import Tables
-from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
+from hasten.core.errors import BrokenOutput, InvalidSetting
 
 FIELD = Mixture()
 GRID = flow_grid(28)
