@@ -21,7 +21,7 @@ from hasten.cache.output_forecast import OutputForecast
 from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
 
-FULL = {"trust": 1.0}
+FULL: dict[str, Any] = {"trust": 1.0}
 
 
 def errors(
@@ -54,7 +54,7 @@ def test_a_velocity_that_is_linear_in_flow_time_is_forecast_exactly() -> None:
 
 def test_correction_repairs_the_first_segment_which_can_only_be_held() -> None:
     pipeline = pipeline_of(FlowMatchEulerDiscreteScheduler(), linear_in_flow_time)
-    settings = {"interval": 3, "variable": "flow_time", **FULL}
+    settings: dict[str, Any] = {"interval": 3, "variable": "flow_time", **FULL}
     exact, _, _ = errors(pipeline, OutputForecast(**settings))
     plain, _, _ = errors(pipeline, OutputForecast(**settings, correct=False))
     assert exact < 1e-5 < 1e-3 < plain
