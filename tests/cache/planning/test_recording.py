@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.records import Goal, Grid, PlanKey, SeedRecord
@@ -20,7 +21,6 @@ from hasten.cache.planning.regrid import interpolation, regrid
 from hasten.cache.planning.replan import planner_of, replan, standing_plans
 from hasten.cache.planning.tables import Tables
 from hasten.core.errors import BrokenOutput, InvalidSetting
-from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 FIELD = Mixture()
 GRID = flow_grid(28)
