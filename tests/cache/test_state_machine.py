@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
-from tests.cache.service import SCHEDULERS, Request, Service, check, served_afresh
 
 from hasten.cache.engine.preset import Cache
 from hasten.cache.engine.statistics import Statistics
@@ -19,6 +18,7 @@ from hasten.core.registry import techniques
 from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.technique import Technique
+from tests.cache.service import SCHEDULERS, Request, Service, check, served_afresh
 
 CACHES = [name for name, technique in techniques().items() if issubclass(technique, Cache)]
 ARCHITECTURES = ("flux", "stable_diffusion")
