@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_harness import Arguments, Pipe, executed, repeat, sample
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, MagCacheConfig, nearest_interp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contract.rigs import make
 
 from hasten.cache.mag_cache import MagCache, mag_schedule
 from hasten.core.clock import Moment
@@ -16,6 +14,8 @@ from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.workload import Workload
+from tests.cache.cache_harness import Arguments, Pipe, executed, repeat, sample
+from tests.contract.rigs import make
 
 FLUX = tuple(FLUX_MAG_RATIOS.tolist())
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_harness import Pipe, executed, sample
 from diffusers.hooks.sea_cache import SeaCacheConfig, _apply_sea_filter
-from tests.contract.rigs import make
 
 from hasten.cache.engine.linear import Linear
 from hasten.cache.engine.spectrum import filtered
@@ -20,6 +18,8 @@ from hasten.core.noise import NoiseLevel
 from hasten.core.registry import specs
 from hasten.core.session import accelerate
 from hasten.core.spec import InputSize
+from tests.cache.cache_harness import Pipe, executed, sample
+from tests.contract.rigs import make
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 16, 16), (1, 3, 15, 12), (1, 4, 5, 8, 10)])
