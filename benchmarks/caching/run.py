@@ -123,24 +123,33 @@ def converge(bench: Bench) -> bool:
 
 
 def run_method(bench: Bench, method: Method, steps: int, results: Results) -> None:
-    """All budgets of one method; what went wrong becomes the row."""
+    """All budgets of one method; what went wrong becomes the row, and is not tried at the other budgets."""
     known = Tried(bench.cache / f"search-{steps}-{slug(method.name)}.json")
     for fraction in FRACTIONS:
-        key = f"{method.name} @ 1/{fraction}"
+        key, first = f"{method.name} @ 1/{fraction}", f"{method.name} @ 1/{FRACTIONS[0]}"
         if results.has(key):
             continue
+        broken = results.content["rows"].get(first, {}).get("status") == "failed"
         setting = Setting(steps, steps // fraction)
-        try:
-            extra = isolated(calibrated, bench, method, steps) if method.calibrate and "extra" not in known else {}
-            known.setdefault("extra", extra)
-            values = values_for(bench, method, steps, setting.budget, known["extra"], known.setdefault("counts", {}))
-            known.save()
-            setting = Setting(steps, setting.budget, values)
-            row = isolated(measured, bench, method, setting, f"{steps}/{slug(key)}")
-        except RowFailed as error:
-            row = {"status": "failed", "reason": str(error)}
+        row: dict[str, Any] = {"status": "failed", "reason": results.content["rows"][first]["reason"]} if broken else {}
+        if not row:
+            setting, row = run_row(bench, method, setting, known, f"{steps}/{slug(key)}")
         results.add(key, describe(method, setting) | row)
         say(bench, f"{steps} steps, {key}: {outcome(row)}")
+
+
+def run_row(bench: Bench, method: Method, setting: Setting, known: Tried, key: str) -> tuple[Setting, dict[str, Any]]:
+    """Calibrate and tune where needed, then measure; the setting that was used, and the row."""
+    try:
+        if "extra" not in known:
+            known["extra"] = isolated(calibrated, bench, method, setting.steps) if method.calibrate else {}
+        counts = known.setdefault("counts", {})
+        values = values_for(bench, method, setting, known["extra"], counts)
+        known.save()
+        setting = Setting(setting.steps, setting.budget, values)
+        return setting, isolated(measured, bench, method, setting, key)
+    except RowFailed as error:
+        return setting, {"status": "failed", "reason": str(error)}
 
 
 class Tried(dict[str, Any]):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cache_harness import Arguments, Pipe
 from torch import nn
 
 from hasten.cache.engine.deep_feature import Cut
-from tests.cache.cache_harness import Arguments, Pipe
 
 
 def residuals(pipe: Pipe, given: Arguments, seed: int) -> Arguments:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from by_hand import deep_feature, residuals, shallow
+from cache_harness import Graphs, Pipe, equal, executed, repeat, sample
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -16,8 +18,6 @@ from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.workload import Workload
-from tests.cache.by_hand import deep_feature, residuals, shallow
-from tests.cache.cache_harness import Graphs, Pipe, equal, executed, repeat, sample
 
 SIZES = ({"height": 16, "width": 16}, {"height": 13, "width": 10})
 

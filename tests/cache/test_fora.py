@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import branch_outputs, dit_by_hand, flux_by_hand
+from cache_harness import Graphs, Pipe, equal, executed, repeat, sample
 from torch import nn
 
 from hasten.cache.engine.branches import BranchSite
@@ -13,8 +15,6 @@ from hasten.core.errors import NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.workload import Workload
-from tests.cache.by_hand import branch_outputs, dit_by_hand, flux_by_hand
-from tests.cache.cache_harness import Graphs, Pipe, equal, executed, repeat, sample
 
 ARCHITECTURES = ("dit", "flux")
 PARTS = {"dit": ("attn1", "ff"), "flux": ("attn", "ff", "ff_context", "proj_out", "proj_mlp")}

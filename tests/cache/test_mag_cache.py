@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cache_harness import Arguments, Pipe, executed, repeat, sample
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, MagCacheConfig, nearest_interp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.workload import Workload
-from tests.cache.cache_harness import Arguments, Pipe, executed, repeat, sample
 from tests.contract.rigs import make
 
 FLUX = tuple(FLUX_MAG_RATIOS.tolist())

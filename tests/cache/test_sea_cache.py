@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_harness import Pipe, executed, sample
 from diffusers.hooks.sea_cache import SeaCacheConfig, _apply_sea_filter
 
 from hasten.cache.engine.linear import Linear
@@ -18,7 +19,6 @@ from hasten.core.noise import NoiseLevel
 from hasten.core.registry import specs
 from hasten.core.session import accelerate
 from hasten.core.spec import InputSize
-from tests.cache.cache_harness import Pipe, executed, sample
 from tests.contract.rigs import make
 
 

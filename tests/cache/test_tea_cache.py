@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_harness import Arguments, Pipe, equal, executed, repeat
 from torch import nn
 
 from hasten.cache.engine.model_data import TEACACHE
@@ -19,7 +20,6 @@ from hasten.core.errors import InvalidSetting, Refused
 from hasten.core.registry import specs
 from hasten.core.session import accelerate
 from hasten.core.target import Target
-from tests.cache.cache_harness import Arguments, Pipe, equal, executed, repeat
 from tests.contract.rigs import make
 
 STRAIGHT = (1.0, 0.0)

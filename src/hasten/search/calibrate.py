@@ -37,6 +37,7 @@ from hasten.models import LoadedModel
 from hasten.search.plan_runs import Bench, Watched, psnr
 from hasten.search.shortlist import budgets, by_likeness, shortlist
 
+GOALS: dict[str, Goal] = {"reproduce": "reproduce", "converge": "converge"}
 FIRST_SEED = 1000
 """Seeds of calibration pictures begin here, apart from those that comparisons use."""
 FINE = 200
