@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tests.contract.rigs import Rig
 
 from hasten.core.spec import InputSize
+from tests.contract.rigs import Rig
 
 Arguments = dict[str, Any]
 

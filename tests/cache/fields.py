@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tests.core.stand_ins import Pipeline
 from torch import nn
+
+from tests.core.stand_ins import Pipeline
 
 Velocity = Callable[[float, torch.Tensor], torch.Tensor]
 """From the timestep and the denoiser's input to the velocity noise - x0."""

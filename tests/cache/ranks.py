@@ -80,7 +80,8 @@ def pictures() -> list[torch.Tensor]:
 def computed_steps(technique: str, half: str, group: Any = None) -> list[int]:
     """Which steps a rank with this half of the tokens computes."""
     torch.manual_seed(0)
-    model, scheduler = Model(), FlowMatchEulerDiscreteScheduler()
+    model = Model()
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
     if group is not None:
         mesh = SimpleNamespace(get_group=lambda: group)
         model._parallel_config = SimpleNamespace(context_parallel_config=SimpleNamespace(_flattened_mesh=mesh))  # pyright: ignore

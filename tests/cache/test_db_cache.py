@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cache.by_hand import residuals
-from tests.cache.cache_harness import Graphs, Pipe, equal, repeat, sample
-from tests.cache.drive import decisions, drifting, example, frozen, ran_of, request
-from tests.contract.rigs import Rig, make
 
 from hasten.cache.db_cache import DBCache
 from hasten.cache.engine.change import relative_change
@@ -19,6 +15,10 @@ from hasten.cache.first_block import FirstBlockCache
 from hasten.core.errors import InvalidSetting, Refused
 from hasten.core.session import accelerate
 from hasten.core.technique import Technique
+from tests.cache.by_hand import residuals
+from tests.cache.cache_harness import Graphs, Pipe, equal, repeat, sample
+from tests.cache.drive import decisions, drifting, example, frozen, ran_of, request
+from tests.contract.rigs import Rig, make
 
 EVEN = [0.0] + [0.05] * 13
 ARCHITECTURES = ("flux", "dit", "sd3", "stable_diffusion", "sdxl")
@@ -26,7 +26,8 @@ ARCHITECTURES = ("flux", "dit", "sd3", "stable_diffusion", "sdxl")
 
 def shallow(**settings: Any) -> DBCache:
     """Without warm-up, with as deep a front as all test models bear."""
-    return DBCache(**({"front": 1, "warm_up": 0} | settings))
+    shallowest: dict[str, Any] = {"front": 1, "warm_up": 0}
+    return DBCache(**(shallowest | settings))
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.08, 0.3])

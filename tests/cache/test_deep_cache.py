@@ -13,6 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 
 from hasten.cache.deep_cache import DeepCache
 from hasten.cache.engine.deep_feature import DeepFeatureSite, cuts
+from hasten.cache.engine.schedules import non_uniform, quadratic_steps
 from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
@@ -217,6 +218,41 @@ def test_compiling_after_installing_needs_no_more_graphs_either() -> None:
         with torch.compiler.set_stance("fail_on_recompile"):
             sample(pipe, 4, pipe.arguments(2))
     assert graphs.count == plain
+
+
+PUBLISHED = {
+    (50, 5): [0, 5, 9, 13, 17, 21, 26, 31, 37, 43],
+    (28, 3): [0, 4, 7, 10, 12, 15, 16, 19, 22, 25],
+    (28, 5): [0, 6, 11, 15, 18, 23],
+    (100, 10): [0, 7, 14, 20, 29, 38, 49, 60, 73, 86],
+}
+"""What the authors' script computes with center 15 and power 1.4, by step count and interval."""
+
+
+@pytest.mark.parametrize(("steps", "interval"), PUBLISHED)
+def test_the_non_uniform_schedule_is_the_published_one(steps: int, interval: int) -> None:
+    found = quadratic_steps(steps, -(-steps // interval), 15, 1.4)
+    assert found is not None
+    assert sorted(found) == PUBLISHED[steps, interval]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 15, 20, 50])
+@pytest.mark.parametrize("interval", [2, 3, 9])
+def test_a_non_uniform_schedule_has_as_many_complete_steps(steps: int, interval: int) -> None:
+    computes = non_uniform(interval, 15, 1.4)
+    assert computes(0, steps)
+    assert sum(computes(step, steps) for step in range(steps)) == -(-steps // interval)
+    assert [computes(step, None) for step in range(9)] == [step % interval == 0 for step in range(9)]
+
+
+def test_a_non_uniform_request_follows_its_schedule(pipe: Pipe) -> None:
+    technique = DeepCache(interval=3, schedule="non_uniform", center=4)
+    with accelerate(pipe, technique) as session:
+        sample(pipe, 12, pipe.arguments())
+        (evidence,) = session.evidence().values()
+    (steps,) = evidence.step_map.values()
+    expected = quadratic_steps(12, 4, 4, 1.4)
+    assert {step for step, full in enumerate(steps) if full} == expected != {0, 3, 6, 9}
 
 
 def test_interval_one_changes_nothing_and_keeps_nothing(pipe: Pipe) -> None:

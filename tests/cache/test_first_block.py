@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.rigs import Rig, make
 from torch import nn
 
 from hasten.cache.engine.change import relative_change
@@ -20,6 +19,7 @@ from hasten.core.session import Session, accelerate
 from hasten.core.spec import InputSize
 from hasten.core.target import Target
 from hasten.core.workload import Workload
+from tests.contract.rigs import Rig, make
 
 ALWAYS = FirstBlockCache(threshold=1e30)
 Arguments = dict[str, Any]

@@ -10,8 +10,6 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from tests.cache.drive import frozen, ran_of
-from tests.contract.rigs import make
 
 from hasten.cache.engine.history import Snapshot
 from hasten.cache.engine.masks import PRESETS, computes, mask_for
@@ -23,6 +21,8 @@ from hasten.core.errors import InvalidSetting, Refused
 from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.workload import Workload
+from tests.cache.drive import frozen, ran_of
+from tests.contract.rigs import make
 
 PUBLISHED = {
     ("slow", 28): "1111111101110011100110010001",

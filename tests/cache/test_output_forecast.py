@@ -13,13 +13,13 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
-from tests.cache.fields import Field, noise, pipeline_of, sampled
-from tests.core.stand_ins import Pipeline
 
 from hasten.cache.engine.course import BEND, graded
 from hasten.cache.output_forecast import OutputForecast
 from hasten.core.errors import InvalidSetting, NotEngaged, Refused
 from hasten.core.session import accelerate
+from tests.cache.fields import Field, noise, pipeline_of, sampled
+from tests.core.stand_ins import Pipeline
 
 FULL: dict[str, Any] = {"trust": 1.0}
 

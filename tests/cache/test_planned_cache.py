@@ -9,8 +9,6 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from tests.cache.fields import noise, pipeline_of, sampled
-from tests.core.stand_ins import Pipeline
 
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.plan_store import shipped
@@ -26,6 +24,8 @@ from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.weights import weights_hash
 from hasten.search.plan_runs import Watched
+from tests.cache.fields import noise, pipeline_of, sampled
+from tests.core.stand_ins import Pipeline
 
 STEPS = 12
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.cache.ranks import computed_steps
 
 ROOT = Path(__file__).parents[2]

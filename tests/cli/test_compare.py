@@ -86,6 +86,15 @@ def test_fewer_steps_at_the_same_time_is_a_row(rows: dict[str, Any]) -> None:
     assert all(row["steps"]["full"] < 6 for row in fewer)
 
 
+def test_a_better_solver_takes_as_many_steps(rows: dict[str, Any]) -> None:
+    counts = {
+        kind: [row["steps"] for row in rows.values() if row["kind"] == kind] for kind in ("fewer_steps", "other_solver")
+    }
+    assert counts["other_solver"] == counts["fewer_steps"]
+    for plain, solver in zip(*([r for r in rows.values() if r["kind"] == kind] for kind in counts), strict=True):
+        assert plain["fidelity"] != solver["fidelity"]
+
+
 def test_numbers_make_sense(rows: dict[str, Any]) -> None:
     for row in rows.values():
         if row["status"] == "ok":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hasten.core.recipe import Recipe
 from hasten.core.registry import techniques
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
-from hasten.core.technique import Stage
+from hasten.core.technique import Stage, Technique
 from tests.contract.rigs import TECHNIQUES, Rig, fingerprint, make, refusals, trial
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,9 +40,9 @@ class Watched(Rig):
             self.waits += [str(w.message) for w in caught if "synchroniz" in str(w.message)]
 
 
-def waits(rig: Rig, *names: str) -> int:
+def waits(rig: Rig, *recipe: Technique) -> int:
     watched = Watched(rig)
-    with watched.accelerated(*map(trial, names)):
+    with watched.accelerated(*recipe):
         watched.run()
         watched.waits.clear()
         watched.run(prompt=1)
@@ -53,7 +54,17 @@ def waits(rig: Rig, *names: str) -> int:
 def test_a_step_does_not_wait_for_the_gpu(name: str, architecture: str) -> None:
     if refusals(trial(name), make(architecture).to("cuda")) or trial(name).waits():
         pytest.skip("refused, or declares that it waits")
-    assert waits(make(architecture).to("cuda"), name) <= waits(make(architecture).to("cuda"))
+    assert waits(make(architecture).to("cuda"), trial(name)) <= waits(make(architecture).to("cuda"))
+
+
+@pytest.mark.parametrize("architecture", ON)
+@pytest.mark.parametrize("name", ["FirstBlockCache", "DBCache"])
+def test_a_late_decision_does_not_wait_either(name: str, architecture: str) -> None:
+    """Whoever decides in the step itself waits once a step: that shows that the test would notice."""
+    late, waiting = (replace(trial(name), late=late, threshold=0.1) for late in (True, False))  # pyright: ignore
+    plain = waits(make(architecture).to("cuda"))
+    assert waits(make(architecture).to("cuda"), late) <= plain
+    assert waits(make(architecture).to("cuda"), waiting) > plain
 
 
 @pytest.mark.parametrize("architecture", ON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -81,5 +82,5 @@ def _check(rates: Rates) -> None:
     if any(len(pair) != 2 or pair[1] < 1 or pair[1] % 1 for pair in rates):
         raise InvalidSetting(f"AdaCache(codebook={rates}): write pairs such as (0.08, 6): change, whole steps.")
     limits = [pair[0] for pair in rates]
-    if any(not after > before for before, after in zip(limits, limits[1:], strict=False)):
+    if any(not after > before for before, after in itertools.pairwise(limits)):
         raise InvalidSetting(f"AdaCache(codebook={rates}): the changes must rise, as in ((0.08, 6), (1.0, 1)).")

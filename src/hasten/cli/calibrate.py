@@ -42,14 +42,17 @@ class Job:
 def _signals(job: Job, purpose: str) -> None:
     from hasten.measure.progress import OnTerminal
     from hasten.search.calibrate_signals import calibrate as measure
+    from hasten.search.calibrate_signals import check_file
 
+    kind = "teacache" if purpose == "teacache" else "magcache"
+    check_file(job.file, kind)
     with OnTerminal(out) as progress:
-        found = measure(job.model, "teacache" if purpose == "teacache" else "magcache", job.workload, progress)
+        found = measure(job.model, kind, job.workload, progress)
     found.save(job.file)
     out.print(f"{found.name}: {found.summary}.", highlight=False, markup=False, soft_wrap=True)
     for warning in found.warnings:
         out.print(f"Warning: {warning}.", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    technique, parameter = ("TeaCache", "coefficients") if purpose == "teacache" else ("MagCache", "ratios")
+    technique, parameter = ("TeaCache", "coefficients") if kind == "teacache" else ("MagCache", "ratios")
     usage = f"-r '{technique}({parameter}=\"{job.file}\")'"
     out.print(f"Use it with {usage}", highlight=False, markup=False, soft_wrap=True)
 

@@ -44,7 +44,9 @@ def compare(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")] = Path("hasten-report"),
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    fewer_steps: Annotated[bool, typer.Option(help="Add the rows: plain with fewer steps at the same time.")] = True,
+    fewer_steps: Annotated[
+        bool, typer.Option(help="Add rows with fewer steps, and with a better solver, at the same time.")
+    ] = True,
 ) -> None:
     """Run recipes on the same prompts and seeds; write a table, report.html and comparison.json.
 

@@ -28,6 +28,7 @@ from hasten.measure.quality import Fidelity, mean_fidelity
 from hasten.measure.rendering import native_size
 from hasten.measure.rows import finished_row, refused_row
 from hasten.measure.runner import Run, run_recipe
+from hasten.measure.solvers import BEST, other_solver, solver_problem
 
 NamedRecipe = tuple[str, Recipe]
 FLOOR_RECIPE = "AttentionBackend(name='math')"
@@ -72,8 +73,9 @@ def compare(
 
     With `out`, pictures, `comparison.json` and `report.html` are written there, also after Ctrl-C (then marked
     incomplete). A refused or failing recipe gets a row with the reason. `fewer_steps` adds, for each lossy recipe
-    that was faster, the plain pipeline with as many steps as fit into the same time. With a `budget` ("2x", or a
-    number of full steps) every cache is set to compute that many steps, and the plain pipeline takes so many.
+    that was faster, the plain pipeline with as many steps as fit into the same time, and a better solver with as
+    many. With a `budget` ("2x", or a number of full steps) every cache is set to compute that many steps, and the plain
+    pipeline takes so many.
     """
     if not workload.prompts:
         raise HastenError("A comparison needs at least one prompt.")
@@ -111,8 +113,17 @@ def _run_all(job: _Job, recipes: list[NamedRecipe], fewer_steps: bool) -> None:
         _run_row(job, *_within_budget(job, name, recipe), "recipe")
     if fewer_steps:
         for steps in _matched_steps(job) if job.budget is None else [job.budget]:
-            _run_row(job, f"plain, {steps} steps", Recipe(), "fewer_steps", job.workload.replace(steps=steps))
+            _run_controls(job, steps)
     _check_drift(job)
+
+
+def _run_controls(job: _Job, steps: int) -> None:
+    """The plain pipeline with so many steps, and a better solver with as many: a cache has to beat both."""
+    fewer = job.workload.replace(steps=steps)
+    _run_row(job, f"plain, {steps} steps", Recipe(), "fewer_steps", fewer)
+    if solver_problem(getattr(job.pipeline, "scheduler", None)) is None:
+        with other_solver(job.pipeline):
+            _run_row(job, f"{BEST} solver, {steps} steps", Recipe(), "other_solver", fewer)
 
 
 def _within_budget(job: _Job, name: str, recipe: Recipe) -> NamedRecipe:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 from hasten.cache.engine.rules import Rule
 from hasten.cache.planning.costs import Costs, lowest
 from hasten.cache.planning.dynamic import schedule_cost, schedules, segment_indices
 from hasten.cache.planning.path import Path
 from hasten.cache.planning.segments import segment_error
+from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 T = 8
 RULES = (

@@ -6,7 +6,6 @@ import functools
 
 import numpy as np
 import pytest
-from tests.cache.planning.simulation import Mixture, Simulation, flow_grid, gains, noise, recorded
 
 from hasten.cache.engine.records import Floats, Grid, Plan, SeedRecord, Solver
 from hasten.cache.engine.rules import Rule
@@ -14,6 +13,7 @@ from hasten.cache.planning.planner import DEFAULT, HOLD, Planner, default_rules,
 from hasten.cache.planning.replan import standing_plans
 from hasten.cache.planning.segments import segment_error
 from hasten.core.errors import InvalidSetting
+from tests.cache.planning.simulation import Mixture, Simulation, flow_grid, gains, noise, recorded
 
 FIELD = Mixture()
 T = 28

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 from hasten.cache.engine.plan_file import PlanFile
 from hasten.cache.engine.records import Goal, Grid, PlanKey, SeedRecord
@@ -21,6 +20,7 @@ from hasten.cache.planning.regrid import interpolation, regrid
 from hasten.cache.planning.replan import planner_of, replan, standing_plans
 from hasten.cache.planning.tables import Tables
 from hasten.core.errors import BrokenOutput, InvalidSetting
+from tests.cache.planning.simulation import Mixture, flow_grid, noise, recorded
 
 FIELD = Mixture()
 GRID = flow_grid(28)

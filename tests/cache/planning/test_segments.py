@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from tests.cache.planning.simulation import Mixture, Simulation, Snapshot, flow_grid, noise, recorded
 
 from hasten.cache.engine.records import Floats, Grid, Prediction, SeedRecord, Solver
 from hasten.cache.engine.rules import QUANTITIES, VARIABLES, Rule, weights
 from hasten.cache.planning.path import Path, Update, path_of
 from hasten.cache.planning.segments import lagrange, segment_error
+from tests.cache.planning.simulation import Mixture, Simulation, Snapshot, flow_grid, noise, recorded
 
 FIELD = Mixture()
 T = 10

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -107,13 +107,13 @@ class LookedUp(Policy):
 
     def computed(self, moment: Moment, kept: Value | None, guessed: Callable[[], Value | None]) -> None:
         """Compare with the computed step before; the number is read when the next step asks."""
-        value = None if kept is None else tree_leaves(kept[self._place])[0]
-        seen = sampled(value) if isinstance(value, torch.Tensor) else None
+        value = None if kept is None else cast("torch.Tensor", tree_leaves(kept[self._place])[0])
         gap, anchor = moment.step - self._at, self._anchor
-        self._at, self._due, self._anchor = moment.step, moment.step + 1, seen
-        if seen is None or anchor is None or anchor.shape != seen.shape or gap < 1:
+        self._at, self._due = moment.step, moment.step + 1
+        self._anchor = None if value is None else sampled(value)
+        if value is None or self._anchor is None or anchor is None or anchor.shape != self._anchor.shape or gap < 1:
             return
-        change = over_batch(relative_change(seen, anchor, self._group), "max") / gap
+        change = over_batch(relative_change(self._anchor, anchor, self._group), "max") / gap
         self._reading = Reading(change * self._regularization(value, moment, gap))
 
     def _regularization(self, tokens: torch.Tensor, moment: Moment, gap: int) -> torch.Tensor | float:

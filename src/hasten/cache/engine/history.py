@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -66,14 +67,14 @@ def kind_of_call(given: Mapping[str, Any], varying: tuple[str, ...], module: nn.
     return leaves, _adapters(module)
 
 
-def conditioning(given: Mapping[str, Any], *varying: str) -> object:
+def conditioning(given: Mapping[str, Any], varying: tuple[str, ...]) -> object:
     """Which tensors a call is given beside those that vary from step to step: which memory, not which numbers."""
-    others = [value for name, value in given.items() if name not in varying]
+    others = [value for name, value in given.items() if not _matches(name, varying)]
     return tuple(_memory(leaf) for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor))
 
 
 def _memory(tensor: torch.Tensor) -> object:
-    """Tells a tensor's memory from any other: unlike an address, a weak reference never comes to mean something else."""
+    """Tells a tensor's memory from any other; unlike an address, it never comes to mean something else."""
     return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
 
 
@@ -88,11 +89,19 @@ def _essence(leaf: Any) -> object:
 
 
 def _adapters(module: nn.Module) -> object:
-    """Names, choice and strength of the LoRA adapters that PEFT has put into a denoiser."""
-    if not getattr(module, "peft_config", None):
+    """Names, choice and strength of the LoRA adapters that PEFT has put into a denoiser, also layer by layer."""
+    configurations = list(cast("dict[str, object]", getattr(module, "peft_config", None) or {}).values())
+    if not configurations:
         return ()
-    layer: Any = next((part for part in module.modules() if hasattr(part, "lora_A")), None)
-    if layer is None:
-        return ()
-    scaling: dict[str, float] = getattr(layer, "scaling", {})
-    return tuple(layer.active_adapters), tuple(scaling.items()), bool(getattr(layer, "disable_adapters", False))
+    known, layers = _TUNED.get(module, ([], []))
+    if not (len(known) == len(configurations) and all(a is b for a, b in zip(known, configurations, strict=True))):
+        layers = [ref(part) for part in module.modules() if isinstance(getattr(part, "scaling", None), dict)]
+        _TUNED[module] = configurations, layers
+    tuned: list[Any] = [layer for each in layers if (layer := each()) is not None]
+    strengths = tuple(tuple(layer.scaling.items()) for layer in tuned)
+    return strengths, [(layer.active_adapters, layer.disable_adapters, layer.merged) for layer in tuned[:1]]
+
+
+_TUNED: WeakKeyDictionary[nn.Module, tuple[list[object], list[ref[nn.Module]]]] = WeakKeyDictionary()
+"""The tuned layers of each denoiser, and the adapter configurations for which they were looked up: finding them takes
+longer than a reused step may. Layers can lead back to the denoiser, through hooks; so they are not held."""

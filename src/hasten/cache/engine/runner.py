@@ -106,8 +106,8 @@ class Runner:
 
     def _obstacle(self, moment: Moment, history: History, given: Given) -> str:
         """Why this call must be computed whatever the policy says; empty when it need not."""
-        swapped = self._swapped(moment, given)
         varying = (self._denoiser.spec.timestep, *self._site.afresh)
+        swapped = self._swapped(moment, given, (self._denoiser.spec.latents, *varying))
         if history.admit(kind_of_call(given, varying, self._denoiser.module)):
             return CHANGED
         if swapped:
@@ -121,10 +121,9 @@ class Runner:
             return OTHER_LEADER
         return self._unpredictable(moment, history)
 
-    def _swapped(self, moment: Moment, given: Given) -> bool:
-        """Does this branch come with what another one came with before? Pipelines that do not name branches drop some."""
-        spec = self._denoiser.spec
-        now, before = conditioning(given, spec.timestep, spec.latents), self._texts.get(moment.branch)
+    def _swapped(self, moment: Moment, given: Given, varying: tuple[str, ...]) -> bool:
+        """Does this branch come with what another came with before? Unnamed branches shift when one is dropped."""
+        now, before = conditioning(given, varying), self._texts.get(moment.branch)
         others = [text for branch, text in self._texts.items() if branch != moment.branch]
         self._texts[moment.branch] = now
         return before is not None and now != before and now in others

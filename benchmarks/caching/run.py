@@ -1,0 +1,211 @@
+"""Runs the caching benchmark. Each row is stored as it finishes; started again, the run goes on where it stopped.
+
+PYTHONPATH=.peers OMP_NUM_THREADS=1 python benchmarks/caching/run.py --model emoji-dit --steps 28
+... --prompts 2 --out /tmp/smoke            a smoke run: every row once, on two prompts
+... --only cache-dit                        rows whose name contains the word
+... --add "mine=FORA(interval={interval})"  another row of ours
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from baselines import CONVERGED_STEPS, PLAIN, baselines, solve
+from harness import Bench, calibrated, measured, save_pictures, values_for
+from isolation import RowFailed, isolated
+from methods import Method, Setting
+from ours import method_of, ours
+from peers import peers
+from references import read_pictures
+
+import hasten
+from hasten.core.files import atomic_write_text, json_text, read_json
+from hasten.core.workload import Workload
+from hasten.measure.environment import environment, installed
+
+HERE = Path(__file__).parent
+MODELS = ("emoji-flux", "emoji-sd", "emoji-dit")
+FRACTIONS = (2, 3, 4, 5)
+
+
+@dataclass
+class Results:
+    """The file of one model and step count."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path, header: dict[str, Any]) -> Results:
+        """Read what is there, or begin."""
+        found = cast("dict[str, Any]", read_json(path)) if path.exists() else {"schema": 1, "rows": {}}
+        return cls(path, {**found, **header})
+
+    def has(self, key: str) -> bool:
+        """Whether a row is done."""
+        return key in self.content["rows"]
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Store a finished row at once."""
+        self.content["rows"][key] = row
+        atomic_write_text(self.path, json_text(self.content))
+
+
+def slug(text: str) -> str:
+    """A name for files."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def open_bench(model: str, options: argparse.Namespace) -> Bench:
+    """The model on the CPU, with its prompts."""
+    lists = cast("dict[str, Any]", read_json(HERE / "prompts.json"))["models"][model]
+    loaded = hasten.load(model, device="cpu")
+    pairs = {name: [(str(text), int(seed)) for text, seed in lists[name]] for name in lists}
+    return Bench(
+        model=model,
+        pipeline=loaded.pipeline,
+        workload=cast(Workload, loaded.workload),
+        calibration=pairs["calibration"][: max(1, options.prompts // 4)],
+        evaluation=pairs["evaluation"][: options.prompts],
+        cache=options.out / ".cache" / model,
+        device=options.device,
+    )
+
+
+def run_model(bench: Bench, steps: int, options: argparse.Namespace) -> None:
+    """Every row of a model at a step count."""
+    facts = environment(__import__("torch").device(bench.device))
+    facts |= {name: installed(name) for name in ("cache-dit", "DeepCache")}
+    facts |= {"date": time.strftime("%Y-%m-%d"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
+    header = {"model": bench.model, "steps": steps, "prompts": len(bench.evaluation), "environment": facts}
+    results = Results.open(options.out / "results" / f"{bench.model}-{steps}.json", header)
+    make_references(bench, steps, results)
+    for method in chosen(options):
+        if method.fits(bench.model):
+            run_method(bench, method, steps, results)
+
+
+def chosen(options: argparse.Namespace) -> list[Method]:
+    """The rows asked for."""
+    added = [method_of(*text.split("=", 1)) for text in options.add]
+    every = [*baselines(), *peers(), *ours(), *added]
+    return [method for method in every if options.only.lower() in f"{method.kind} {method.name}".lower()]
+
+
+def make_references(bench: Bench, steps: int, results: Results) -> None:
+    """The converged pictures and the plain ones, unless they are there."""
+    if read_pictures(bench.cache / "converged") is None:
+        say(bench, "converged sampler")
+        isolated(converge, bench)
+    if not results.has("plain") or read_pictures(bench.cache / f"plain-{steps}") is None:
+        say(bench, f"plain, {steps} steps")
+        row = isolated(measured, bench, PLAIN, Setting(steps, steps), f"plain-{steps}")
+        results.add("plain", describe(PLAIN, Setting(steps, steps)) | row)
+
+
+def converge(bench: Bench) -> bool:
+    """What the sampler tends to: many steps of a second-order solver."""
+    import torch
+
+    bench.on_device()
+    with solve(bench.pipeline, Setting(CONVERGED_STEPS, CONVERGED_STEPS), solver="dpm++"):
+        images = [bench.picture(pair, CONVERGED_STEPS) for pair in bench.evaluation]
+    save_pictures(bench.cache / "converged", torch.stack(images), exact=True)
+    return True
+
+
+def run_method(bench: Bench, method: Method, steps: int, results: Results) -> None:
+    """All budgets of one method; what went wrong becomes the row, and is not tried at the other budgets."""
+    known = Tried(bench.cache / f"search-{steps}-{slug(method.name)}.json")
+    for fraction in FRACTIONS:
+        key, first = f"{method.name} @ 1/{fraction}", f"{method.name} @ 1/{FRACTIONS[0]}"
+        if results.has(key):
+            continue
+        broken = results.content["rows"].get(first, {}).get("status") == "failed"
+        setting = Setting(steps, steps // fraction)
+        row: dict[str, Any] = {"status": "failed", "reason": results.content["rows"][first]["reason"]} if broken else {}
+        if not row:
+            setting, row = run_row(bench, method, setting, known, f"{steps}/{slug(key)}")
+        results.add(key, describe(method, setting) | row)
+        say(bench, f"{steps} steps, {key}: {outcome(row)}")
+
+
+def run_row(bench: Bench, method: Method, setting: Setting, known: Tried, key: str) -> tuple[Setting, dict[str, Any]]:
+    """Calibrate and tune where needed, then measure; the setting that was used, and the row."""
+    try:
+        if "extra" not in known:
+            known["extra"] = isolated(calibrated, bench, method, setting.steps) if method.calibrate else {}
+        counts = known.setdefault("counts", {})
+        values = values_for(bench, method, setting, known["extra"], counts)
+        known.save()
+        setting = Setting(setting.steps, setting.budget, values)
+        return setting, isolated(measured, bench, method, setting, key)
+    except RowFailed as error:
+        return setting, {"status": "failed", "reason": str(error)}
+
+
+class Tried(dict[str, Any]):
+    """What a search has found out so far, kept on disk."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(cast("dict[str, Any]", read_json(path)) if path.exists() else {})
+        self.path = path
+
+    def save(self) -> None:
+        """Write it down."""
+        atomic_write_text(self.path, json_text(dict(self)))
+
+
+def describe(method: Method, setting: Setting) -> dict[str, Any]:
+    """What a row is, before it has run."""
+    setting_values = dict(setting.values) | ({"recipe": method.detail} if method.detail else {})
+    return {"name": method.name, "kind": method.kind, "budget": setting.budget, "setting": setting_values}
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    if row["status"] != "ok":
+        return row["reason"]
+    psnr = [value for value in row["to_plain"]["psnr"] if value is not None]
+    decibels = f"{sum(psnr) / len(psnr):.2f} dB" if psnr else "identical"
+    return f"{row['full_steps']:.2f} full steps, {decibels}, {row['cpu_seconds']['median']:.3f} s"
+
+
+def say(bench: Bench, text: str) -> None:
+    """Progress."""
+    print(f"{time.strftime('%H:%M:%S')} {bench.model}: {text}", flush=True)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--steps", type=int, action="append")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--add", action="append", default=[], metavar="NAME=RECIPE")
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    for model in options.model or MODELS:
+        bench = open_bench(model, options)
+        for steps in options.steps or (28, 50):
+            run_model(bench, steps, options)
+
+
+if __name__ == "__main__":
+    main()
