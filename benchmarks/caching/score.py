@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from emoji import load_emoji
 from harness import rounded
-from references import read_pictures
+from references import folder_name, read_pictures
 from run import HERE, slug
 from score.alignment import AlignmentScore
 from score.features import image_features, name_vectors, over_batches, pooled
@@ -57,9 +57,10 @@ def score_file(path: Path, alignment: Alignment, cache: Path) -> None:
     prompts = [
         text for text, _ in cast("dict[str, Any]", read_json(HERE / "prompts.json"))["models"][model]["evaluation"]
     ]
+    folder = folder_name(model, content["weights"], content["guidance"])
     for key, row in content["rows"].items():
         name = f"plain-{steps}" if key == "plain" else f"{steps}/{slug(key)}"
-        images = read_pictures(cache / model / name)
+        images = read_pictures(cache / folder / name)
         if row["status"] == "ok" and images is not None:
             row["alignment"] = rounded(alignment.of(prompts[: len(images)], images))
     atomic_write_text(path, json_text(content))
