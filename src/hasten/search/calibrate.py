@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from hasten.cache.engine.plan_file import PlanFile
-from hasten.cache.engine.records import Goal, Grid, Plan, PlanKey, SeedRecord
+from hasten.cache.engine.records import Goal, Grid, Plan, PlanKey, SeedRecord, SolverAnswer
 from hasten.cache.planned_cache import guidance_of
 from hasten.cache.planning.gains import interpolated_gains, landing_gain
 from hasten.cache.planning.planner import Planner
@@ -36,6 +36,7 @@ from hasten.measure.runner import Picture
 from hasten.models import LoadedModel
 from hasten.search.plan_runs import Bench, Watched, psnr
 from hasten.search.shortlist import budgets, by_likeness, shortlist
+from hasten.search.solver_runs import SecondOrder
 
 GOALS: dict[str, Goal] = {"reproduce": "reproduce", "converge": "converge"}
 FIRST_SEED = 1000
@@ -95,7 +96,7 @@ def calibrate_plan(
 
 
 def _count(recorded: int, tried: int, steps: int) -> int:
-    return recorded + min(DISTURBED_PICTURES, recorded) * DISTURBED_NODES + tried + len(budgets(steps)) * 9 * tried
+    return recorded + min(DISTURBED_PICTURES, recorded) * DISTURBED_NODES + tried + len(budgets(steps)) * 11 * tried
 
 
 def _save(made: PlanFile, file: Path | None) -> None:
@@ -162,7 +163,8 @@ def _tried(
         progress.row(f"{budget} of {made.grid.steps} steps")
         tried = _contest(job, list(shortlist(planner, budget)), pictures, references)
         winners[budget] = tried[0]
-        made = _with(made, tried)
+        answers = _solvers(job, planner, budget, pictures, references)
+        made = _with(made, tried).model_copy(update={"solvers": (*made.solvers, *answers)})
         save(made)
     made = by_likeness(made, planner, winners)
     save(made)
@@ -173,8 +175,9 @@ def _references(job: Calibration, pictures: Sequence[Picture]) -> tuple[list[Ima
     bench = job.bench
     images, seconds = bench.pictures(Recipe(), pictures)
     if job.goal == "converge":
-        fine = bench.workload.replace(steps=max(FINE, 4 * bench.workload.steps))
-        images, _ = dataclasses.replace(bench, workload=fine).pictures(Recipe(), pictures)
+        steps = max(FINE, 4 * bench.workload.steps)
+        fine = dataclasses.replace(bench, workload=bench.workload.replace(steps=steps))
+        images, _ = fine.pictures(Recipe((SecondOrder(nodes=tuple(range(steps))),)), pictures)
     return images, seconds
 
 
@@ -198,6 +201,19 @@ def _contest(
         left = left if done == len(pictures) else _survivors(left)
     finalists = [_measured(plan, scores[plan], seconds[plan]) for plan in left]
     return finalists + [plan for plan in plans if plan not in left]
+
+
+def _solvers(
+    job: Calibration, planner: Planner, budget: int, pictures: Sequence[Picture], references: Sequence[Image.Image]
+) -> list[SolverAnswer]:
+    """As many steps of DPM-Solver++(2M), at chosen and at even nodes, measured on the same pictures."""
+    answers: list[SolverAnswer] = []
+    for answer in planner.solver_candidates(budget, goal=job.goal) if planner.grid.solver == "euler" else ():
+        images, seconds = job.bench.pictures(Recipe((SecondOrder(nodes=answer.nodes),)), pictures)
+        score = float(np.mean([psnr(a, b) for a, b in zip(images, references, strict=True)]))
+        measured = {"measured_psnr": round(score, 2), "measured_seconds": round(seconds, 4)}
+        answers.append(answer.model_copy(update=measured))
+    return answers
 
 
 def _survivors(ranked: list[Plan]) -> list[Plan]:
