@@ -8,7 +8,6 @@ from typing import Any, get_args
 import pytest
 import torch
 from cache_harness import Pipe, equal, sample
-from tests.contract.rigs import make
 
 from hasten.cache import ada_cache
 from hasten.cache.ada_cache import AdaCache
@@ -20,6 +19,7 @@ from hasten.core.registry import specs
 from hasten.core.session import accelerate
 from hasten.core.spec import InputSize
 from hasten.core.target import Target
+from tests.contract.rigs import make
 
 TRANSFORMERS = [name for name, spec in specs().items() if spec.stacks]
 FAST = {0.08: 6, 0.16: 5, 0.24: 4, 0.32: 3, 0.40: 2, 1.00: 1}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.rigs import Rig, make
 
 import hasten
 from hasten.cache.engine.policy import Fixed, Policy
@@ -16,6 +15,7 @@ from hasten.cache.first_block import FirstBlockCache
 from hasten.cache.taylor_seer import TaylorSeer
 from hasten.core.session import accelerate
 from hasten.core.target import Denoiser
+from tests.contract.rigs import Rig, make
 
 diffusers: Any = pytest.importorskip("diffusers")
 WHOLE_BRANCHES = [r"transformer_blocks\.\d+\.(attn|ff|ff_context)", r"single_transformer_blocks\.\d+\.proj_out"]

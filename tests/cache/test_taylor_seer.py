@@ -9,7 +9,6 @@ import pytest
 import torch
 from by_hand import branch_outputs, dit_by_hand, flux_by_hand
 from cache_harness import Pipe, equal, repeat, sample
-from tests.contract.rigs import make
 from torch.utils._pytree import tree_map
 
 from hasten.cache.engine.branches import parts
@@ -22,6 +21,7 @@ from hasten.core.registry import specs
 from hasten.core.session import Session, accelerate
 from hasten.core.target import Target
 from hasten.core.workload import Workload
+from tests.contract.rigs import make
 
 PARTS = {"dit": ("attn1", "ff"), "flux": ("attn", "ff", "ff_context", "proj_out")}
 TRANSFORMERS = [name for name, spec in specs().items() if spec.stacks]
