@@ -102,7 +102,7 @@ def test_another_strength_of_a_single_layer_is_noticed() -> None:
     with accelerate(service, LONG) as session:
         for step, _ in enumerate(steps):
             if step == 1:
-                layers = [part for part in service.denoiser.modules() if isinstance(part, BaseTunerLayer)]
+                layers: list[Any] = [part for part in service.denoiser.modules() if isinstance(part, BaseTunerLayer)]
                 service._adapt = lambda strength: None
                 layers[-1].set_scale("style", 0.25)
         assert [call.full for call in service.calls] == [True, False, True, False, False]
