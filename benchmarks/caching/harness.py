@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,11 @@ def measured(bench: Bench, method: Method, setting: Setting, key: str) -> dict[s
             counts.append(work.take())
     found = summary(counts, complete, setting.steps)
     found["left_out_steps"] -= setting.steps - setting.run_steps
-    problem = None if method.kind in ("plain", "baseline") or found["work"] < 0.999 else "It reused nothing."
+    problem = (
+        None
+        if method.kind in ("plain", "baseline") or found["work"] < 0.999
+        else "It ran without an error but reused nothing: all of the work was done."
+    )
     images = torch.stack(pictures)
     save_pictures(bench.cache / key, images, exact=method.kind == "plain")
     times = {"median": median(wall), "runs": wall, "plain_meanwhile": plain[0]}
@@ -158,14 +162,14 @@ def save_pictures(path: Path, images: Tensor, *, exact: bool) -> None:
 
 
 def values_for(
-    bench: Bench, method: Method, steps: int, budget: int, extra: dict[str, Any], known: dict[str, float]
+    bench: Bench, method: Method, setting: Setting, extra: dict[str, Any], known: dict[str, float]
 ) -> dict[str, Any]:
     """The parameters that bring a method to a budget; `known` remembers what was tried, across budgets and runs."""
     if not isinstance(method.tune, Search):
-        return dict(nearest(method.tune, steps, budget)) | extra
+        return dict(nearest(method.tune, setting.steps, setting.budget)) | extra
     from searching import bisected
 
-    return bisected(bench, method, method.tune, Setting(steps, budget, extra), known)
+    return bisected(bench, method, method.tune, Setting(setting.steps, setting.budget, extra), known)
 
 
 def rounded(value: Any) -> Any:
@@ -175,8 +179,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: rounded(part) for name, part in value.items()}
     return [rounded(part) for part in value] if isinstance(value, list) else value
-
-
-def mean(values: list[float]) -> float:
-    """The mean; 0 of nothing."""
-    return fmean(values) if values else 0.0

@@ -31,14 +31,14 @@ from hasten.measure.environment import environment
 RECIPES = (
     "",
     "OutputForecast(interval=3)",
-    "StepMask(mask='100')",
-    "FirstBlockCache(threshold=0.05)",
+    "StepMask(mask='100100100100')",
     "FirstBlockCache(threshold=10.0)",
     "FirstBlockCache(threshold=10.0, late=True)",
     "DBCache(front=8, threshold=10.0, warm_up=1)",
-    "TeaCache(threshold=0.6)",
+    "DBCache(front=8, threshold=10.0, warm_up=1, late=True)",
+    "TeaCache(threshold=0.6, coefficients='FLUX.1-dev')",
     "FORA(interval=3)",
-    "TaylorSeer(interval=3)",
+    "TaylorSeer(interval=3, warm_up=1)",
 )
 """The empty recipe is the plain model."""
 

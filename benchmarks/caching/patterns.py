@@ -16,9 +16,7 @@ from isolation import RowFailed, isolated
 from methods import Method, Setting, intervals
 from ours import apply
 from peers import peers
-from run import HERE, Results, describe, make_references, open_bench, outcome, say
-
-from hasten.measure.environment import environment
+from run import HERE, Results, describe, header_of, make_references, open_bench, outcome, say
 
 INTERVALS = (2, 3, 5, 10)
 CASES = (("emoji-dit", 50, "FORA"), ("emoji-flux", 50, "FORA"), ("emoji-sd", 50, "DeepCache"))
@@ -56,15 +54,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    facts = environment(__import__("torch").device(options.device))
     for model, steps, technique in (*CASES, ARTICLE):
         long = steps == ARTICLE[1]
         bench = open_bench(model, options)
         if long:
             bench.evaluation = bench.evaluation[: options.article_prompts]
         path = options.out / "results" / f"pattern-{model}-{steps}.json"
-        header = {"model": model, "steps": steps, "prompts": len(bench.evaluation), "environment": facts}
-        run_case(bench, steps, technique, (3,) if long else INTERVALS, Results.open(path, header))
+        run_case(bench, steps, technique, (3,) if long else INTERVALS, Results.open(path, header_of(bench, steps)))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,11 @@ def _enable_cache_dit(pipeline: Any, setting: Setting, order: int, **options: An
 @contextmanager
 def diffusers_cache(pipeline: Any, setting: Setting, *, make: Any) -> Iterator[None]:
     """A cache of diffusers' own, through `enable_cache` where the denoiser has it."""
-    denoiser = _denoiser(pipeline)
-    denoiser.enable_cache(make(setting)) if hasattr(denoiser, "enable_cache") else _by_hand(denoiser, make(setting))
+    denoiser, config = _denoiser(pipeline), make(setting)
+    if getattr(config, "use_lite_mode", False) and not hasattr(denoiser, "proj_out"):
+        # It would leave out the blocks and, finding no such layer, guess nothing in their place.
+        raise ValueError(f"the lite mode guesses the output of `proj_out`, which {type(denoiser).__name__} has not")
+    denoiser.enable_cache(config) if hasattr(denoiser, "enable_cache") else _by_hand(denoiser, config)
     yield
 
 
@@ -98,8 +101,11 @@ def first_block(setting: Setting) -> Any:
     return FirstBlockCacheConfig(threshold=setting.values["threshold"])
 
 
-def taylor_seer(setting: Setting, *, lite: bool) -> Any:
-    """diffusers' TaylorSeer, order 1; factors in the run's own precision instead of bfloat16."""
+def taylor_seer(setting: Setting, *, lite: bool = False, modules: tuple[str, ...] | None = None) -> Any:
+    """diffusers' TaylorSeer, order 1; factors in the run's own precision instead of bfloat16.
+
+    `modules`: patterns of module names in place of its own, which find FLUX's attention and nothing in a DiT.
+    """
     import torch
     from diffusers import TaylorSeerCacheConfig
 
@@ -109,6 +115,7 @@ def taylor_seer(setting: Setting, *, lite: bool) -> Any:
         max_order=1,
         taylor_factors_dtype=torch.float32,
         use_lite_mode=lite,
+        cache_identifiers=modules,
     )
 
 
@@ -166,7 +173,14 @@ def peers() -> list[Method]:
         Method("cache-dit DBCache F1B0 W4 + TaylorSeer O1", "peer", partial(cache_dit, order=1), steep),
         Method("cache-dit step mask + TaylorSeer O1", "peer", partial(cache_dit_mask, order=1), exactly),
         Method("diffusers FirstBlockCache", "peer", partial(diffusers_cache, make=first_block), Search()),
-        Method("diffusers TaylorSeer", "peer", _taylor(lite=False), taylor_steps),
+        Method("diffusers TaylorSeer", "peer", _taylor(), taylor_steps),
+        Method(
+            "diffusers TaylorSeer, attn1 and ff named",
+            "peer",
+            _taylor(modules=(r"transformer_blocks\.\d+\.(attn1|ff)",)),
+            taylor_steps,
+            models=("emoji-dit",),
+        ),
         Method("diffusers TaylorSeer lite", "peer", _taylor(lite=True), taylor_steps),
         Method(
             "diffusers MagCache",
@@ -179,5 +193,5 @@ def peers() -> list[Method]:
     ]
 
 
-def _taylor(*, lite: bool) -> Any:
-    return partial(diffusers_cache, make=partial(taylor_seer, lite=lite))
+def _taylor(**options: Any) -> Any:
+    return partial(diffusers_cache, make=partial(taylor_seer, **options))

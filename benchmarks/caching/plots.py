@@ -11,7 +11,11 @@ from bootstrap import estimate
 
 from hasten.core.files import atomic_write_bytes
 
-COLOURS = {"baseline": "#555555", "peer": "#c2410c", "ours": "#1d4ed8"}
+COLOURS = {
+    "baseline": ("#111111", "#555555", "#888888", "#b0b0b0"),
+    "peer": ("#c2410c", "#d97706", "#b91c1c", "#db2777", "#a16207", "#9333ea"),
+    "ours": ("#1d4ed8", "#0891b2", "#15803d", "#4f46e5", "#0d9488"),
+}
 MARKERS = "osD^vP*Xhp<>"
 
 
@@ -30,7 +34,8 @@ def drawn(table: Any) -> bytes:
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True)
     for place, (name, rows) in enumerate(series(table).items()):
-        style = {"color": COLOURS[rows[0]["kind"]], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
+        colours = COLOURS[rows[0]["kind"]]
+        style = {"color": colours[place % len(colours)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
         dashes = ["-", "--", "-.", ":"][place % 4]
         estimates = [estimate(row["to_plain"]["psnr"]) for row in rows]
         means = [one.mean for one in estimates]
@@ -50,7 +55,7 @@ def drawn(table: Any) -> bytes:
 def label(table: Any, axes: Any) -> None:
     """Axes in words."""
     axes[0].set(xlabel="full steps", ylabel="PSNR to the plain pictures (dB)", title=table.title)
-    axes[1].set(xlabel="processor time a picture, share of the plain one measured beside it", title="against time")
+    axes[1].set(xlabel="processor time / that of the plain pipeline", title="against time")
     for axis in axes:
         axis.grid(alpha=0.3, linewidth=0.5)
 

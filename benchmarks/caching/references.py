@@ -34,3 +34,8 @@ def read_pictures(path: Path) -> Tensor | None:
     with np.load(file, allow_pickle=False) as archive:
         images = torch.from_numpy(archive["images"])
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def folder_name(model: str, weights: str, guidance: float | None) -> str:
+    """Where a model's pictures lie: other weights or another guidance scale make other pictures."""
+    return f"{model}-{weights[:8]}-guidance-{guidance:g}" if guidance is not None else f"{model}-{weights[:8]}"

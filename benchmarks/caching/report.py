@@ -62,8 +62,8 @@ def load_tables(folder: Path) -> list[Table]:
 
 HEADER = (
     "| row | full / partly / left out | work | CPU s | wall s (plain meanwhile) "
-    "| PSNR to plain | vs best solver | SSIM | LPIPS | PSNR to converged |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| PSNR to plain | vs best solver | SSIM | LPIPS | PSNR to converged | alignment |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -80,12 +80,12 @@ def section(table: Table) -> str:
     for fraction in FRACTIONS:
         lines += [f"### 1/{fraction}: {table.content['steps'] // fraction} full steps", "", HEADER]
         best = table.best_solver(fraction)
-        lines += [line(row, best) for row in table.at(fraction) if row["status"] == "ok"]
+        lines += [line(row, best, plain) for row in table.at(fraction) if row["status"] == "ok"]
         lines += [""]
     return "\n".join([*lines, failures(table)])
 
 
-def line(row: Row, best: Row | None) -> str:
+def line(row: Row, best: Row | None, plain: Row) -> str:
     """One row of a table."""
     psnr = row["to_plain"]["psnr"]
     steps = " / ".join(f"{row[name]:.1f}" for name in ("full_steps", "partial_steps", "left_out_steps"))
@@ -102,8 +102,16 @@ def line(row: Row, best: Row | None) -> str:
         f"{estimate(row['to_plain']['ssim']).mean:.3f}",
         estimate(row["to_plain"]["lpips"]).text(3),
         estimate(row["to_converged"]["psnr"]).text(1),
+        aligned(row, plain),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def aligned(row: Row, plain: Row) -> str:
+    """Change of the log-probability of the right name against the plain pictures, prompt by prompt."""
+    if "alignment" not in row or "alignment" not in plain:
+        return "-"
+    return signed(difference(row["alignment"], plain["alignment"]).text(2))
 
 
 def signed(text: str) -> str:

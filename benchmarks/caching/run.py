@@ -9,6 +9,7 @@ PYTHONPATH=.peers OMP_NUM_THREADS=1 python benchmarks/caching/run.py --model emo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -18,18 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from baselines import CONVERGED_STEPS, PLAIN, baselines, solve
 from harness import Bench, calibrated, measured, save_pictures, values_for
 from isolation import RowFailed, isolated
 from methods import Method, Setting
 from ours import method_of, ours
 from peers import peers
-from references import read_pictures
+from references import folder_name, read_pictures
 
 import hasten
 from hasten.core.files import atomic_write_text, json_text, read_json
 from hasten.core.workload import Workload
 from hasten.measure.environment import environment, installed
+from hasten.models import bundled
 
 HERE = Path(__file__).parent
 MODELS = ("emoji-flux", "emoji-sd", "emoji-dit")
@@ -45,13 +48,22 @@ class Results:
 
     @classmethod
     def open(cls, path: Path, header: dict[str, Any]) -> Results:
-        """Read what is there, or begin."""
+        """Read what is there, or begin; rows of other weights, prompts or machines must not stand in one table."""
         found = cast("dict[str, Any]", read_json(path)) if path.exists() else {"schema": 1, "rows": {}}
+        old, new = ({**content, **content.get("environment", {})} for content in (found, header))
+        for name in ("weights", "guidance", "prompts", "device"):
+            if old.get(name, new[name]) != new[name]:
+                raise SystemExit(f"{path} holds rows of other {name}; move it away, or choose another --out.")
         return cls(path, {**found, **header})
 
     def has(self, key: str) -> bool:
         """Whether a row is done."""
         return key in self.content["rows"]
+
+    def forget(self, name: str) -> None:
+        """Drop the rows of a method, so that they are measured again."""
+        rows = self.content["rows"]
+        self.content["rows"] = {key: row for key, row in rows.items() if row["name"] != name}
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Store a finished row at once."""
@@ -75,21 +87,37 @@ def open_bench(model: str, options: argparse.Namespace) -> Bench:
         workload=cast(Workload, loaded.workload),
         calibration=pairs["calibration"][: max(1, options.prompts // 4)],
         evaluation=pairs["evaluation"][: options.prompts],
-        cache=options.out / ".cache" / model,
+        cache=options.out / ".cache" / folder_name(model, weights_of(model), loaded.workload.guidance),
         device=options.device,
     )
 
 
-def run_model(bench: Bench, steps: int, options: argparse.Namespace) -> None:
-    """Every row of a model at a step count."""
-    facts = environment(__import__("torch").device(bench.device))
+def weights_of(model: str) -> str:
+    """SHA-256 over the weight files of a bundled model."""
+    total = hashlib.sha256()
+    for file in sorted(bundled()[model].rglob("*.safetensors")):
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def header_of(bench: Bench, steps: int) -> dict[str, Any]:
+    """What all rows of a file have in common."""
+    facts = environment(torch.device(bench.device))
     facts |= {name: installed(name) for name in ("cache-dit", "DeepCache")}
     facts |= {"date": time.strftime("%Y-%m-%d"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
-    header = {"model": bench.model, "steps": steps, "prompts": len(bench.evaluation), "environment": facts}
-    results = Results.open(options.out / "results" / f"{bench.model}-{steps}.json", header)
+    names = {"model": bench.model, "weights": weights_of(bench.model), "guidance": bench.workload.guidance}
+    return names | {"steps": steps} | {"prompts": len(bench.evaluation), "environment": facts}
+
+
+def run_model(bench: Bench, steps: int, options: argparse.Namespace) -> None:
+    """Every row of a model at a step count."""
+    path = options.out / "results" / f"{bench.model}-{steps}.json"
+    results = Results.open(path, header_of(bench, steps))
     make_references(bench, steps, results)
     for method in chosen(options):
         if method.fits(bench.model):
+            if options.again:
+                results.forget(method.name)
             run_method(bench, method, steps, results)
 
 
@@ -113,8 +141,6 @@ def make_references(bench: Bench, steps: int, results: Results) -> None:
 
 def converge(bench: Bench) -> bool:
     """What the sampler tends to: many steps of a second-order solver."""
-    import torch
-
     bench.on_device()
     with solve(bench.pipeline, Setting(CONVERGED_STEPS, CONVERGED_STEPS), solver="dpm++"):
         images = [bench.picture(pair, CONVERGED_STEPS) for pair in bench.evaluation]
@@ -123,24 +149,33 @@ def converge(bench: Bench) -> bool:
 
 
 def run_method(bench: Bench, method: Method, steps: int, results: Results) -> None:
-    """All budgets of one method; what went wrong becomes the row."""
+    """All budgets of one method; what went wrong becomes the row, and is not tried at the other budgets."""
     known = Tried(bench.cache / f"search-{steps}-{slug(method.name)}.json")
     for fraction in FRACTIONS:
-        key = f"{method.name} @ 1/{fraction}"
+        key, first = f"{method.name} @ 1/{fraction}", f"{method.name} @ 1/{FRACTIONS[0]}"
         if results.has(key):
             continue
+        broken = results.content["rows"].get(first, {}).get("status") == "failed"
         setting = Setting(steps, steps // fraction)
-        try:
-            extra = isolated(calibrated, bench, method, steps) if method.calibrate and "extra" not in known else {}
-            known.setdefault("extra", extra)
-            values = values_for(bench, method, steps, setting.budget, known["extra"], known.setdefault("counts", {}))
-            known.save()
-            setting = Setting(steps, setting.budget, values)
-            row = isolated(measured, bench, method, setting, f"{steps}/{slug(key)}")
-        except RowFailed as error:
-            row = {"status": "failed", "reason": str(error)}
+        row: dict[str, Any] = {"status": "failed", "reason": results.content["rows"][first]["reason"]} if broken else {}
+        if not row:
+            setting, row = run_row(bench, method, setting, known, f"{steps}/{slug(key)}")
         results.add(key, describe(method, setting) | row)
         say(bench, f"{steps} steps, {key}: {outcome(row)}")
+
+
+def run_row(bench: Bench, method: Method, setting: Setting, known: Tried, key: str) -> tuple[Setting, dict[str, Any]]:
+    """Calibrate and tune where needed, then measure; the setting that was used, and the row."""
+    try:
+        if "extra" not in known:
+            known["extra"] = isolated(calibrated, bench, method, setting.steps) if method.calibrate else {}
+        counts = known.setdefault("counts", {})
+        values = values_for(bench, method, setting, known["extra"], counts)
+        known.save()
+        setting = Setting(setting.steps, setting.budget, values)
+        return setting, isolated(measured, bench, method, setting, key)
+    except RowFailed as error:
+        return setting, {"status": "failed", "reason": str(error)}
 
 
 class Tried(dict[str, Any]):
@@ -183,6 +218,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--only", default="")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=RECIPE")
+    parser.add_argument("--again", action="store_true", help="measure the chosen rows again")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()

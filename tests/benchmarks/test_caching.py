@@ -125,6 +125,19 @@ def test_a_recipe_text_becomes_a_row(load: Any) -> None:
         ours.method_of("nothing to turn", "FORA()")
 
 
+def test_rows_are_kept_as_they_finish_and_never_mixed_with_others(load: Any, tmp_path: Path) -> None:
+    results = load("run").Results
+    header = {"weights": "a", "guidance": 3.0, "prompts": 32, "environment": {"device": "this"}}
+    results.open(tmp_path / "x.json", header).add("row @ 1/2", {"name": "row", "status": "ok"})
+    again = results.open(tmp_path / "x.json", header)
+    assert again.has("row @ 1/2")
+    again.forget("row")
+    assert not again.has("row @ 1/2")
+    for other in ({"weights": "b"}, {"guidance": 2.0}, {"prompts": 2}, {"environment": {"device": "that"}}):
+        with pytest.raises(SystemExit, match=f"other {next(iter(other)).replace('environment', 'device')}"):
+            results.open(tmp_path / "x.json", header | other)
+
+
 def test_pictures_come_back_as_they_were(load: Any, tmp_path: Path) -> None:
     references = load("references")
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -84,19 +84,20 @@ def test_it_works_and_comes_off(name: str, architecture: str) -> None:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("architecture", ON)
-def test_inductor_compiles_every_cache(architecture: str, mode: str) -> None:
+@pytest.mark.parametrize("name", [name for name, cls in techniques().items() if cls.stage == Stage.CACHE])
+def test_inductor_compiles_every_cache(name: str, architecture: str, mode: str) -> None:
     """The second mode replays CUDA graphs, whose outputs must not be kept."""
     from hasten.compilation import CompileBlocks
 
     compiled: Any = CompileBlocks(mode=mode)  # pyright: ignore[reportArgumentType]
-    for name in [name for name, cls in techniques().items() if cls.stage == Stage.CACHE]:
-        rig, cache = make(architecture).to("cuda"), trial(name)
-        if resolve(Recipe((compiled, cache)), Target.of(rig)).refusals:
-            continue
-        with rig.accelerated(cache):
-            eager = [rig.run(), rig.run(steps=5, prompt=1)]
-        with rig.accelerated(compiled, cache) as session:
-            outputs = [rig.run(), rig.run(steps=5, prompt=1)]
-            assert len(session.evidence()) == 2
-        for output, expected in zip(outputs, eager, strict=True):
-            torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-2, msg=f"{name} {mode}")
+    rig, cache = make(architecture).to("cuda"), trial(name)
+    if resolve(Recipe((compiled, cache)), Target.of(rig)).refusals:
+        pytest.skip("refused")
+    torch._dynamo.reset()
+    with rig.accelerated(cache):
+        eager = [rig.run(), rig.run(steps=5, prompt=1)]
+    with rig.accelerated(compiled, cache) as session:
+        outputs = [rig.run(), rig.run(steps=5, prompt=1)]
+        assert len(session.evidence()) == 2
+    for output, expected in zip(outputs, eager, strict=True):
+        torch.testing.assert_close(output, expected, atol=2e-3, rtol=1e-2)

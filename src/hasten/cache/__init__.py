@@ -7,6 +7,7 @@ from hasten.cache.first_block import FirstBlockCache
 from hasten.cache.fora import FORA
 from hasten.cache.mag_cache import MagCache
 from hasten.cache.output_forecast import OutputForecast
+from hasten.cache.planned_cache import PlannedCache
 from hasten.cache.sea_cache import SeaCache
 from hasten.cache.skip_guidance import SkipGuidance
 from hasten.cache.step_mask import StepMask
@@ -21,6 +22,7 @@ __all__ = [
     "FirstBlockCache",
     "MagCache",
     "OutputForecast",
+    "PlannedCache",
     "SeaCache",
     "SkipGuidance",
     "StepMask",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -75,7 +75,11 @@ class MagCache(Cache):
         return whole_site(denoiser)
 
     def policy(self, denoiser: Denoiser) -> Policy:
-        """The schedule, made once for each number of steps."""
+        """The schedule."""
+        return self.policies(denoiser)()
+
+    def policies(self, denoiser: Denoiser) -> Callable[[], Policy]:
+        """The same for each request; a schedule is made once for each number of steps."""
         chosen = self._chosen(denoiser)
         limits = (self.threshold, self.max_consecutive, self.retention)
 
@@ -83,7 +87,7 @@ class MagCache(Cache):
         def schedule(steps: int) -> tuple[bool, ...]:
             return mag_schedule(chosen.ratios, steps, *limits, always=chosen.computed)
 
-        return _OfKnownLength(lambda step, steps: steps is None or schedule(steps)[step])
+        return lambda: _OfKnownLength(lambda step, steps: steps is None or schedule(steps)[step])
 
     def _chosen(self, denoiser: Denoiser) -> MagCacheSet:
         from hasten.cache.engine.model_data import MAGCACHE, MagCacheSet, Provenance

@@ -29,11 +29,12 @@ class OutputForecast(ForecastCache):
     """Computes one in `interval` steps, or `full_steps` in all, and forecasts the others without the network.
 
     Computed are the first step, the last one, and steps between them that lie closer at the beginning (`bend`), where
-    outputs change fastest. The output is extrapolated as the velocity of a rectified flow, whatever the network predicts, and converted back
-    with the noise level. With `correct`, each stretch of forecast steps is integrated again through the next true
-    output: exact for samplers that are Euler in flow time (flow matching, DDIM, Euler), left out for others. With a
-    `tolerance` nothing is fixed beforehand: each computed step shows how wrong the forecast was, and harder pictures
-    get more steps; that waits for the GPU once a computed step. Memory is a few outputs, megabytes at most.
+    outputs change fastest. The output is extrapolated as the velocity of a rectified flow, whatever the network
+    predicts, and converted back with the noise level. With `correct`, each stretch of forecast steps is integrated
+    again through the next true output: exact for samplers that are Euler in flow time (flow matching, DDIM, Euler),
+    left out for others. With a `tolerance` nothing is fixed beforehand: each computed step shows how wrong the
+    forecast was, and harder pictures get more steps; that waits for the GPU once a computed step. Memory is a few
+    outputs, megabytes at most.
     """
 
     paper: ClassVar[str] = "multistep extrapolation; corrector after UniPC (NeurIPS 2023), arXiv:2302.04867"

@@ -83,8 +83,8 @@ class PlannedCache(ForecastCache):
         elif self.on_mismatch == "refuse" and all(file.key.weights_sha256 != weights for file in files):
             key = files[0].key
             yield (
-                f"the plan was made for other weights ({key.model}); make one for these: {_command('MODEL', key.steps)}, "
-                f"or set on_mismatch='warn'."
+                f"the plan was made for other weights ({key.model}); make one for these: "
+                f"{_command('MODEL', key.steps)}, or set on_mismatch='warn'."
             )
 
     def snapshots(self) -> int:

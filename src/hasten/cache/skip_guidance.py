@@ -88,13 +88,17 @@ class SkipGuidance(Technique):
         return statistics.evidence("SkipGuidance", may_never_reuse=self == self.inert())
 
     def cost(self, target: Target, workload: Workload) -> Cost:
-        """Half a step's work where the unconditional half is left out; memory is half an output a snapshot."""
+        """Half a step's work where the unconditional half is left out; memory is one side's output per value held.
+
+        Held are the differences, a forecast of them, and with separate calls the conditional output of the step.
+        """
         denoiser = stand_in(target.denoisers[0])
         output = denoiser.module(**example_call(denoiser, target, workload))
-        halves = 2 if denoiser.spec.guidance == "batched" else 1
+        separate = denoiser.spec.guidance == "separate"
+        one_side = size_in_bytes(output) // (1 if separate else 2)
+        differences = 0 if self.interval == 1 else self.order + 1 + (self.order > 0)
         share = self._schedule.computed(workload.steps) / workload.steps
-        kept = 0 if self.interval == 1 else size_in_bytes(output) // halves * (self.order + 1)
-        return Cost(time_factor=share + (1 - share) * HALF, extra_bytes=kept)
+        return Cost(time_factor=share + (1 - share) * HALF, extra_bytes=one_side * (differences + separate))
 
 
 def _no_guidance(denoiser: Denoiser) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,10 +28,10 @@ SEEN = {"declared", "modulated_input", "projected_time_embedding"}
 class TeaCache(Cache):
     """Adds up predicted changes of the output, and reuses what all blocks add until the sum reaches the threshold.
 
-    At every step the modulated input of the first block (of Wan the projected time embedding) is compared with that
-    of the step before; a polynomial, fitted for each model, turns its relative change into that of the output. On a
-    U-Net what the first layer adds is compared, and the deep feature is reused. Coefficients of published models and
-    of the bundled ones come with hasten; `hasten calibrate MODEL --for teacache` measures others.
+    At every step the modulated input of the first block (or what else an architecture declares) is compared with
+    that of the step before; a polynomial, fitted for each model, turns its relative change into that of the output.
+    On a U-Net what the first layer adds is compared, and the deep feature is reused. Coefficients of published models
+    and of the bundled ones come with hasten; `hasten calibrate MODEL --for teacache` measures others.
     """
 
     syncs: ClassVar[bool] = True
@@ -90,12 +90,19 @@ class TeaCache(Cache):
 
     def policy(self, denoiser: Denoiser) -> Policy:
         """The indicator's change, through the polynomial, within the compulsory first and last steps."""
-        chosen = self._chosen(denoiser)
-        group = group_of(denoiser.module)
-        inner = AccumulatedChange(self.threshold, looks_at="front", rate=Polynomial(chosen), group=group)
+        return self.policies(denoiser)()
+
+    def policies(self, denoiser: Denoiser) -> Callable[[], Policy]:
+        """The same for each request, with the coefficients looked up once."""
+        chosen, group = self._chosen(denoiser), group_of(denoiser.module)
         first = chosen.first if self.first is None else self.first
         last = chosen.last if self.last is None else self.last
-        return Guarded(inner, mask=lambda step, steps: compulsory(step, steps, first, last))
+
+        def make() -> Policy:
+            inner = AccumulatedChange(self.threshold, looks_at="front", rate=Polynomial(chosen), group=group)
+            return Guarded(inner, mask=lambda step, steps: compulsory(step, steps, first, last))
+
+        return make
 
     def _chosen(self, denoiser: Denoiser) -> TeaCacheSet:
         from hasten.cache.engine.model_data import TEACACHE, Provenance, TeaCacheSet

@@ -35,34 +35,63 @@ class Job:
     model: LoadedModel
     workload: Workload
     file: Path
+    goal: str = "reproduce"
+    recipe: str = ""
 
 
 def _signals(job: Job, purpose: str) -> None:
     from hasten.measure.progress import OnTerminal
     from hasten.search.calibrate_signals import calibrate as measure
+    from hasten.search.calibrate_signals import check_file
 
+    kind = "teacache" if purpose == "teacache" else "magcache"
+    check_file(job.file, kind)
     with OnTerminal(out) as progress:
-        found = measure(job.model, "teacache" if purpose == "teacache" else "magcache", job.workload, progress)
+        found = measure(job.model, kind, job.workload, progress)
     found.save(job.file)
     out.print(f"{found.name}: {found.summary}.", highlight=False, markup=False, soft_wrap=True)
     for warning in found.warnings:
         out.print(f"Warning: {warning}.", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    technique, parameter = ("TeaCache", "coefficients") if purpose == "teacache" else ("MagCache", "ratios")
+    technique, parameter = ("TeaCache", "coefficients") if kind == "teacache" else ("MagCache", "ratios")
     usage = f"-r '{technique}({parameter}=\"{job.file}\")'"
     out.print(f"Use it with {usage}", highlight=False, markup=False, soft_wrap=True)
 
 
-PURPOSES: dict[str, Callable[[Job, str], None]] = {"teacache": _signals, "magcache": _signals}
+def _plan(job: Job, purpose: str) -> None:
+    from hasten.core.errors import UnknownName
+    from hasten.core.expression import load_recipe
+    from hasten.measure.progress import OnTerminal
+    from hasten.search.calibrate import GOALS, calibrate_plan
+    from hasten.search.plan_table import plan_table
+
+    if job.goal not in GOALS:
+        raise UnknownName("goal of a plan", job.goal, GOALS)
+    recipe = load_recipe(job.recipe) if job.recipe else None
+    with OnTerminal(out) as progress:
+        found = calibrate_plan(
+            job.model, job.workload, goal=GOALS[job.goal], recipe=recipe, file=job.file, progress=progress
+        )  # fmt: skip
+    out.print(plan_table(found))
+    out.print(f"Use it with -r 'PlannedCache(plan=\"{job.file}\", speedup=2)'", highlight=False, soft_wrap=True)
+
+
+PURPOSES: dict[str, Callable[[Job, str], None]] = {"plan": _plan, "teacache": _signals, "magcache": _signals}
 """What can be calibrated, and what does it. Progress and results go to the terminal."""
 
 
 @reports_errors
 def calibrate(
     model: ModelArgument,
-    purpose: Annotated[str, typer.Option("--for", metavar="WHAT", help=f"One of {', '.join(PURPOSES)}.")],
     file: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Where it goes; other models in it are kept.")
     ],
+    purpose: Annotated[str, typer.Option("--for", metavar="WHAT", help=f"One of {', '.join(PURPOSES)}.")] = "plan",
+    goal: Annotated[
+        str, typer.Option(help="Of a plan: reproduce the plain pictures, or converge to those of many steps.")
+    ] = "reproduce",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="RECIPE", help="What runs underneath a plan, as it will later.")
+    ] = "",
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt a line.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="How many of the model's own prompts are used.")] = 8,
     steps: StepsOption = None,
@@ -83,4 +112,4 @@ def calibrate(
     loaded = load(model, device=device, dtype=dtype)
     chosen = read_prompts(prompts) if prompts else loaded.workload.prompts[:pictures]
     workload = adjusted(loaded.workload, prompts=chosen, steps=steps, size=size, guidance=guidance)
-    PURPOSES[purpose](Job(loaded, workload, file), purpose)
+    PURPOSES[purpose](Job(loaded, workload, file, goal, recipe), purpose)

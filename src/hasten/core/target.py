@@ -63,7 +63,8 @@ class Target:
     def planned(cls, name: str) -> Target:
         """Describe a released model by name on the meta device: nothing is loaded or downloaded."""
         spec, released = find_released(name)
-        model = spec.build(released.config, device="meta").to(torch.bfloat16)
+        # Not the model's own `to`, which warns of weights that a run should keep in float32.
+        model = nn.Module.to(spec.build(released.config, device="meta"), torch.bfloat16)
         return cls(None, (Denoiser("denoiser", model, spec),), name)
 
     @property

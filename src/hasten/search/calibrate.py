@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from hasten.cache.engine.plan_file import PlanFile
-from hasten.cache.engine.records import Goal, Grid, Plan, PlanKey, SeedRecord
+from hasten.cache.engine.records import Goal, Grid, Plan, PlanKey, SeedRecord, SolverAnswer
 from hasten.cache.planned_cache import guidance_of
 from hasten.cache.planning.gains import interpolated_gains, landing_gain
 from hasten.cache.planning.planner import Planner
@@ -36,11 +36,19 @@ from hasten.measure.runner import Picture
 from hasten.models import LoadedModel
 from hasten.search.plan_runs import Bench, Watched, psnr
 from hasten.search.shortlist import budgets, by_likeness, shortlist
+from hasten.search.solver_runs import SecondOrder
 
+GOALS: dict[str, Goal] = {"reproduce": "reproduce", "converge": "converge"}
 FIRST_SEED = 1000
 """Seeds of calibration pictures begin here, apart from those that comparisons use."""
 FINE = 200
 """Steps of the converged sampler, at least."""
+FIRST_ROUND = 2
+"""Pictures on which all promising plans are tried."""
+LEAST_LEFT = 4
+"""Plans that are tried on all pictures."""
+SEEDS = 2
+"""Pictures of each prompt that chooses among plans."""
 DISTURBED_NODES = 6
 DISTURBED_PICTURES = 2
 ASTRAY = 0.05
@@ -78,16 +86,17 @@ def calibrate_plan(
     if len(work.prompts) < 2:
         raise HastenError("Calibration needs at least two prompts: some are recorded, others choose among plans.")
     half = max(1, len(work.prompts) // 2)
-    pictures = [(prompt, FIRST_SEED + number) for number, prompt in enumerate(work.prompts)]
-    shown.start(1, _count(half, len(pictures) - half, work.steps))
+    recorded = [(prompt, FIRST_SEED + number) for number, prompt in enumerate(work.prompts[:half])]
+    others = [(prompt, FIRST_SEED + half + seed) for seed in range(SEEDS) for prompt in work.prompts[half:]]
+    shown.start(1, _count(half, len(others), work.steps))
     job = Calibration(Bench(model.pipeline, recipe or Recipe(), work, shown.advance), model.name, goal)
-    made = _recorded(job, pictures[:half], shown)
+    made = _recorded(job, recorded, shown)
     _save(made, file)
-    return _tried(job, made, pictures[half:], shown, lambda found: _save(found, file))
+    return _tried(job, made, others, shown, lambda found: _save(found, file))
 
 
 def _count(recorded: int, tried: int, steps: int) -> int:
-    return recorded + min(DISTURBED_PICTURES, recorded) * DISTURBED_NODES + tried + len(budgets(steps)) * 8 * tried
+    return recorded + min(DISTURBED_PICTURES, recorded) * DISTURBED_NODES + tried + len(budgets(steps)) * 11 * tried
 
 
 def _save(made: PlanFile, file: Path | None) -> None:
@@ -154,7 +163,8 @@ def _tried(
         progress.row(f"{budget} of {made.grid.steps} steps")
         tried = _contest(job, list(shortlist(planner, budget)), pictures, references)
         winners[budget] = tried[0]
-        made = _with(made, tried)
+        answers = _solvers(job, planner, budget, pictures, references)
+        made = _with(made, tried).model_copy(update={"solvers": (*made.solvers, *answers)})
         save(made)
     made = by_likeness(made, planner, winners)
     save(made)
@@ -165,35 +175,56 @@ def _references(job: Calibration, pictures: Sequence[Picture]) -> tuple[list[Ima
     bench = job.bench
     images, seconds = bench.pictures(Recipe(), pictures)
     if job.goal == "converge":
-        fine = bench.workload.replace(steps=max(FINE, 4 * bench.workload.steps))
-        images, _ = dataclasses.replace(bench, workload=fine).pictures(Recipe(), pictures)
+        steps = max(FINE, 4 * bench.workload.steps)
+        fine = dataclasses.replace(bench, workload=bench.workload.replace(steps=steps))
+        images, _ = fine.pictures(Recipe((SecondOrder(nodes=tuple(range(steps))),)), pictures)
     return images, seconds
 
 
 def _contest(
     job: Calibration, plans: list[Plan], pictures: Sequence[Picture], references: Sequence[Image.Image]
 ) -> list[Plan]:
-    """Plans with what was measured, best first: each round has more pictures and half as many plans."""
+    """The plans, best first; with what was measured where that was on all pictures.
+
+    Each round doubles the pictures and halves the plans; the best planned and the best even one stay to the end.
+    """
     scores: dict[Plan, list[float]] = {plan: [] for plan in plans}
-    seconds: dict[Plan, float] = {}
-    done, left = 0, plans
+    seconds: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    left, done = plans, 0
     while done < len(pictures):
-        until = max(1, 2 * done) if len(left) > 2 else len(pictures)
+        until = min(2 * done or FIRST_ROUND, len(pictures))
         for plan in left:
-            images, seconds[plan] = job.bench.plan(plan, pictures[done:until])
+            images, duration = job.bench.plan(plan, pictures[done:until])
             scores[plan] += [psnr(a, b) for a, b in zip(images, references[done:until], strict=True)]
-        done = min(until, len(pictures))
-        left = sorted(left, key=lambda plan: -float(np.mean(scores[plan])))
-        left = left[: max(2, (len(left) + 1) // 2)]
-    measured = [_measured(plan, scores[plan], seconds[plan]) for plan in plans]
-    order = {id(plan): number for number, plan in enumerate(left)}
-    ranked = sorted(zip(plans, measured, strict=True), key=lambda pair: order.get(id(pair[0]), len(plans)))
-    return [plan for _, plan in ranked]
+            seconds[plan].append(duration)
+        left, done = sorted(left, key=lambda plan: -float(np.mean(scores[plan]))), until
+        left = left if done == len(pictures) else _survivors(left)
+    finalists = [_measured(plan, scores[plan], seconds[plan]) for plan in left]
+    return finalists + [plan for plan in plans if plan not in left]
 
 
-def _measured(plan: Plan, scores: Sequence[float], seconds: float) -> Plan:
+def _solvers(
+    job: Calibration, planner: Planner, budget: int, pictures: Sequence[Picture], references: Sequence[Image.Image]
+) -> list[SolverAnswer]:
+    """As many steps of DPM-Solver++(2M), at chosen and at even nodes, measured on the same pictures."""
+    answers: list[SolverAnswer] = []
+    for answer in planner.solver_candidates(budget, goal=job.goal) if planner.grid.solver == "euler" else ():
+        images, seconds = job.bench.pictures(Recipe((SecondOrder(nodes=answer.nodes),)), pictures)
+        score = float(np.mean([psnr(a, b) for a, b in zip(images, references, strict=True)]))
+        measured = {"measured_psnr": round(score, 2), "measured_seconds": round(seconds, 4)}
+        answers.append(answer.model_copy(update=measured))
+    return answers
+
+
+def _survivors(ranked: list[Plan]) -> list[Plan]:
+    best = ranked[: max(LEAST_LEFT, (len(ranked) + 1) // 2)]
+    missing = {plan.origin for plan in ranked} - {plan.origin for plan in best}
+    return best + [next(plan for plan in ranked if plan.origin == origin) for origin in sorted(missing)]
+
+
+def _measured(plan: Plan, scores: Sequence[float], seconds: Sequence[float]) -> Plan:
     return plan.model_copy(
-        update={"measured_psnr": round(float(np.mean(scores)), 2), "measured_seconds": round(seconds, 4)}
+        update={"measured_psnr": round(float(np.mean(scores)), 2), "measured_seconds": round(min(seconds), 4)}
     )
 
 

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-from hasten import __version__
 from hasten.cache.engine.model_data import (
     MAGCACHE,
     TEACACHE,
@@ -30,6 +29,7 @@ from hasten.core.identity import config_hash
 from hasten.core.session import accelerate
 from hasten.core.target import Target
 from hasten.core.workload import Workload
+from hasten.measure.environment import installed
 from hasten.measure.progress import Progress, Silent
 from hasten.measure.rendering import render
 from hasten.models import LoadedModel
@@ -60,13 +60,18 @@ class Calibration:
 
     def save(self, file: Path) -> Path:
         """Write it to a file, beside the sets of other models that the file may hold; the old one is replaced."""
-        library: Library[TeaCacheSet] | Library[MagCacheSet] = TEACACHE if self.kind == "teacache" else MAGCACHE
-        sets: dict[str, object] = {}
-        if file.exists():
-            library.read(file)
-            sets = cast("dict[str, dict[str, object]]", read_json(file))["sets"]
+        check_file(file, self.kind)
+        there = cast("dict[str, dict[str, object]]", read_json(file)) if file.exists() else {"sets": {}}
+        sets = there["sets"]
         sets[self.name] = self.numbers.model_dump(exclude_unset=True, exclude_none=True)
         return atomic_write_text(file, json_text({"schema": 1, "kind": self.kind, "sets": sets}))
+
+
+def check_file(file: Path, kind: Purpose) -> None:
+    """Raise HastenError when a file is there that holds something else, which must not be lost."""
+    library: Library[TeaCacheSet] | Library[MagCacheSet] = TEACACHE if kind == "teacache" else MAGCACHE
+    if file.exists():
+        library.read(file)
 
 
 def calibrate(
@@ -95,8 +100,7 @@ def _watched(model: LoadedModel, purpose: Purpose, workload: Workload, progress:
         for number, prompt in enumerate(workload.prompts):
             render(model.pipeline, workload, prompt, FIRST_SEED + number)
             progress.advance()
-        records = [session.state(recording, Records)]
-    return [request for each in records for request in each.requests.values()]
+        return list(session.state(recording, Records).requests.values())
 
 
 def _title(name: str) -> str:
@@ -105,7 +109,7 @@ def _title(name: str) -> str:
 
 def _provenance(model: LoadedModel, target: Target, workload: Workload) -> Provenance:
     return Provenance(
-        by=f"calibrated by hasten {__version__}",
+        by=f"calibrated by hasten {installed('hasten') or ''}".strip(),
         model=_title(model.name),
         scheduler=type(target.scheduler).__name__,
         steps=workload.steps,

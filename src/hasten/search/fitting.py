@@ -46,8 +46,9 @@ def _computed(chosen: TeaCacheSet, predict: Polynomial, request: Request, thresh
     sums: list[float] = []
     count = 0
     for record in request:
-        changes = record.indicator or []
-        sums = [total + predict(change) for total, change in zip(sums or [0.0] * len(changes), changes, strict=True)]
+        changes = record.indicator or ()
+        before = sums if len(sums) == len(changes) else [0.0] * len(changes)
+        sums = [total + predict(change) for total, change in zip(before, changes, strict=True)]
         forced = compulsory(record.step, len(request), chosen.first, chosen.last)
         if forced or not sums or max(sums) >= threshold:
             count, sums = count + 1, []

@@ -75,9 +75,14 @@ class Recording(Cache):
         """That of the cache."""
         return _without_data(self.purpose).site(denoiser)
 
+    def apply(self, target: Target, patch: Patch) -> None:
+        """Watch every denoiser; two experts of one pipeline share the records of a picture."""
+        patch.keep(Records())
+        super().apply(target, patch)
+
     def install(self, denoiser: Denoiser, target: Target, patch: Patch, statistics: Statistics) -> None:
         """Put a runner that always computes around the denoiser, and note its output."""
-        records = patch.keep(Records())
+        records = next(state for state in patch.states if isinstance(state, Records))
         watching = _Indicator if self.purpose == "teacache" else _Magnitude
         policy = watching(records, denoiser)
         runner = Runner(denoiser, self.site(denoiser), policy.anew, self.guess(), patch.clock, statistics)

@@ -11,9 +11,10 @@ from hasten.cache.engine.rules import Quantity, Rule
 from hasten.core.clock import Clock
 from hasten.core.sampler import SamplerFacts
 
-BEND = 1.3
+BEND = 1.25
 """How much denser full steps lie at the beginning, where nothing better is known (measured on the bundled models)."""
 UNKNOWN = "the sampler is not known"
+SEVERAL = "the sampler makes several calls per step"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,6 @@ class Courses:
         return self._course
 
     def computes(self, step: int, steps: int | None) -> bool:
-        """Is this step to be computed?"""
+        """Is this step to be computed? Without a course none is wanted, so that all are counted as obstructed."""
         course = self.now
-        return course is None or step in course.compute
+        return course is not None and step in course.compute

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from hasten.cache.engine.course import UNKNOWN, Courses
+from hasten.cache.engine.course import SEVERAL, UNKNOWN, Courses
 from hasten.cache.engine.guess import Hold
 from hasten.cache.engine.history import Snapshot
 from hasten.cache.engine.rules import Quantity, Rule, position
@@ -42,8 +42,11 @@ class Forecast(Hold):
         self._kinds: list[torch.dtype | None] = []
 
     def obstacle(self, moment: Moment) -> str:
-        """Without the noise level nothing can be converted."""
-        return UNKNOWN if moment.level is None or self._courses.now is None else ""
+        """Without the noise level nothing can be converted; outputs within a step of Heun's do not go on smoothly."""
+        facts = self._clock.facts
+        if facts is None or moment.level is None or self._courses.now is None:
+            return UNKNOWN
+        return SEVERAL if facts.calls_per_step > 1 else ""
 
     def encode(self, value: Sequence[Any], at: Moment, given: Mapping[str, Any]) -> Value:
         """The output in every quantity that the course's rules want: leaves by quantity."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,6 +36,10 @@ class Cache(Technique):
         """When it is computed; made anew for each request."""
         raise NotImplementedError
 
+    def policies(self, denoiser: Denoiser) -> Callable[[], Policy]:
+        """Makes the policy of each request. What must be looked up for a model is looked up once, here."""
+        return lambda: self.policy(denoiser)
+
     def guess(self) -> Hold:
         """How it is guessed."""
         return Hold()
@@ -60,11 +64,8 @@ class Cache(Technique):
 
     def install(self, denoiser: Denoiser, target: Target, patch: Patch, statistics: Statistics) -> None:
         """Put a runner around one denoiser."""
-
-        def policy() -> Policy:
-            return self.policy(denoiser)
-
-        runner = Runner(denoiser, self.site(denoiser), policy, self.guess(), patch.clock, statistics)
+        policies, site = self.policies(denoiser), self.site(denoiser)
+        runner = Runner(denoiser, site, policies, self.guess(), patch.clock, statistics)
         runner.install(patch, self.in_words())
 
     def engaged(self, session: Session) -> Evidence:

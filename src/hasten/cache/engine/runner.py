@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from hasten.cache.engine.change import sampled
+from hasten.cache.engine.course import SEVERAL
 from hasten.cache.engine.guess import Hold
 from hasten.cache.engine.history import Conditioning, History, Snapshot, kind_of_call
 from hasten.cache.engine.output import OutputSite
@@ -34,7 +35,6 @@ MISSED = "the branch was not called at the last computed step"
 OTHER_LEADER = "another guidance branch comes first"
 OTHER_TEXT = "the text or condition is another one"
 NOISE = "the sampler adds noise at each step"
-SEVERAL = "the sampler makes several calls per step"
 
 
 @dataclass
