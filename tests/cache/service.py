@@ -37,29 +37,34 @@ class Request:
     guidance: Guidance = "none"
     """Not at all, in one batch, in calls of named contexts, or in calls that nothing names."""
     uncond_first: bool = False
-    guided: tuple[int, int] = (0, 99)
-    """First step with guidance, and first without."""
+    unguided: tuple[int, ...] = ()
+    """Steps that go without guidance."""
     batch: int = 1
     size: int = 8
     begin: int = 0
     """Steps left out at the beginning, as image-to-image does."""
     lora: float = 0.0
     """Strength of the adapter; 0 switches it off."""
-    lora_later: float = 0.0
-    """Its strength from step 2 on."""
+    lora_later: tuple[int, float] = (0, 0.0)
+    """From which step on it has which other strength."""
     fails_at: int | None = None
     """In this step an exception is raised inside the denoiser."""
     prompt: int = 0
 
     def labels(self, step: int) -> tuple[str, ...]:
         """The denoiser calls of a step."""
-        if self.guidance in ("none", "batched") or not self.guided[0] <= step < self.guided[1]:
+        if self.guidance in ("none", "batched") or step in self.unguided:
             return ("cond",)
         return LABELS[::-1] if self.uncond_first else LABELS
 
+    def strength(self, step: int) -> float:
+        """Of the adapter, in a step."""
+        begin, later = self.lora_later
+        return later if begin and step >= begin else self.lora
+
     def calls_are_doubled(self, step: int) -> bool:
         """Does the only call of this step hold both guidance branches?"""
-        return self.guidance == "batched" and self.guided[0] <= step < self.guided[1]
+        return self.guidance == "batched" and step not in self.unguided
 
 
 @dataclass(frozen=True)
@@ -91,22 +96,26 @@ class Service:
     def __init__(self, architecture: str, seed: int = 0) -> None:
         self.spec = specs()[architecture]
         self.denoiser: Any = copy.deepcopy(_template(architecture, seed))
+        self._watch()
+        self.renew()
+
+    def renew(self) -> Service:
+        """As good as new, which is quicker than making a new one: other schedulers, nothing served."""
         self.schedulers = {key: getattr(diffusers, name)(**given) for key, (name, given) in SCHEDULERS.items()}
         self.scheduler: Any = self.schedulers["flow"]
         self.components = {"unet" if self.spec.unet else "transformer": self.denoiser, "scheduler": self.scheduler}
+        self.denoiser.disable_adapters()
         self.calls: list[Call] = []
-        self.served = 0
-        self._ran = 0
+        self.served = self._ran = 0
         self._failing = False
-        self._watch()
+        return self
 
     def _watch(self) -> None:
-        layers = [m for name, m in self.denoiser.named_modules() if _computes(m) and "lora" not in name]
+        layers = _layers(self.denoiser)
         for layer in layers:
             layer.register_forward_hook(self._count)
         layers[len(layers) // 2].register_forward_pre_hook(self._fail)
         layers[-1].register_forward_pre_hook(self._fail)
-        self._all = 0
 
     def _count(self, *_: object) -> None:
         self._ran += 1
@@ -131,7 +140,7 @@ class Service:
         given = self._texts(request)
         picture = given["cond"][self.spec.latents]
         for step, timestep in enumerate(scheduler.timesteps[begin:]):
-            self._adapt(request.lora if step < 2 else request.lora_later)
+            self._adapt(request.strength(step))
             self._failing = step == request.fails_at
             try:
                 outputs = self._step(request, step, given, _scaled(scheduler, picture, timestep), timestep)
@@ -167,11 +176,9 @@ class Service:
         self._ran = 0
         with self.denoiser.cache_context(label) if named else nullcontext():
             output = self.denoiser(**arguments, return_dict=False)[0]
-        self._all = max(self._all, self._ran)
         self.served += 1
-        lora = request.lora if step < 2 else request.lora_later
-        kind = (arguments[self.spec.latents].shape, lora)
-        self.calls.append(Call(step, label, kind, self._ran == self._all))
+        kind = (arguments[self.spec.latents].shape, request.strength(step))
+        self.calls.append(Call(step, label, kind, self._ran >= _layers_of(self.spec.name)))
         return output.clone()
 
     def _adapt(self, strength: float) -> None:
@@ -199,8 +206,20 @@ def _doubled(name: str, value: Any) -> Any:
     return value if single else torch.cat([value, value])
 
 
-def _computes(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
+def _layers(denoiser: nn.Module) -> list[nn.Module]:
+    kinds = nn.Linear | nn.Conv2d | nn.Conv3d
+    return [part for name, part in denoiser.named_modules() if isinstance(part, kinds) and "lora" not in name]
+
+
+@functools.cache
+def _layers_of(architecture: str) -> int:
+    """How many layers run in a call that is computed. Looking at the front may run one twice."""
+    spec, ran = specs()[architecture], list[object]()
+    model = copy.deepcopy(_template(architecture, 0))
+    for layer in _layers(model):
+        layer.register_forward_hook(lambda module, *_: ran.append(module))
+    model(**spec.example(spec.tiny))
+    return len(ran)
 
 
 def check(calls: list[Call]) -> None:
@@ -217,12 +236,18 @@ def check(calls: list[Call]) -> None:
             assert own[-1] >= latest, f"{call} reuses step {own[-1]} though step {latest} was computed"
 
 
+@functools.cache
+def pipeline(architecture: str, seed: int, role: str) -> Service:
+    """A pipeline for each role: copying one takes longer than many requests."""
+    return Service(architecture, seed)
+
+
 @functools.lru_cache(maxsize=128)
 def served_afresh(architecture: str, seed: int, technique: Technique | None, request: Request) -> list[torch.Tensor]:
     """The outputs of a request that nothing came before, on a pipeline with the technique, or an untouched one."""
     from hasten.core.session import accelerate
 
-    service = Service(architecture, seed)
+    service = pipeline(architecture, seed, "short-lived").renew()
     if technique is None:
         return service.run(request)
     with accelerate(service, technique):

@@ -67,15 +67,29 @@ def kind_of_call(given: Mapping[str, Any], varying: tuple[str, ...], module: nn.
     return leaves, _adapters(module)
 
 
-def conditioning(given: Mapping[str, Any], varying: tuple[str, ...]) -> object:
-    """Which tensors a call is given beside those that vary from step to step: which memory, not which numbers."""
-    others = [value for name, value in given.items() if not _matches(name, varying)]
-    return tuple(_memory(leaf) for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor))
+class Conditioning:
+    """The tensors a call is given beside those that vary from step to step: which memory, not which numbers.
 
+    Memory is told apart by weak references, which unlike addresses never come to mean something else.
+    """
 
-def _memory(tensor: torch.Tensor) -> object:
-    """Tells a tensor's memory from any other; unlike an address, it never comes to mean something else."""
-    return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
+    def __init__(self, given: Mapping[str, Any], varying: tuple[str, ...]) -> None:
+        others = [value for name, value in given.items() if not _matches(name, varying)]
+        tensors = [leaf for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor)]
+        self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._offsets = [tensor.storage_offset() for tensor in tensors]
+
+    def same(self, other: Conditioning) -> bool:
+        """Are they the very same tensors?"""
+        return self._memory == other._memory and self._offsets == other._offsets
+
+    def replaces(self, earlier: Conditioning) -> bool:
+        """Are there other tensors beside those of `earlier`, and not in their place?
+
+        Some pipelines make the same tensors anew at each step; then the earlier ones are gone.
+        """
+        pairs = zip(self._memory, earlier._memory, strict=False)
+        return any(now != before and not before.expired() for now, before in pairs)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from hasten.cache.engine.change import sampled
 from hasten.cache.engine.course import SEVERAL
 from hasten.cache.engine.guess import Hold
-from hasten.cache.engine.history import History, Snapshot, conditioning, kind_of_call
+from hasten.cache.engine.history import Conditioning, History, Snapshot, kind_of_call
 from hasten.cache.engine.output import OutputSite
 from hasten.cache.engine.policy import Policy
 from hasten.cache.engine.site import Site, Value
@@ -33,7 +33,7 @@ NOTHING_KEPT = "nothing was kept"
 FIRST = "first step"
 MISSED = "the branch was not called at the last computed step"
 OTHER_LEADER = "another guidance branch comes first"
-SWAPPED = "the guidance branches changed places"
+OTHER_TEXT = "the text or condition is another one"
 NOISE = "the sampler adds noise at each step"
 
 
@@ -73,7 +73,7 @@ class Runner:
         self._histories: dict[str, History] = {}
         self._decision = _Decision()
         self._computed_at = -1
-        self._texts: dict[str, object] = {}
+        self._texts: dict[str, Conditioning] = {}
 
     def install(self, patch: Patch, what: str) -> None:
         """Intercept the denoiser's call, and what the site needs."""
@@ -107,12 +107,12 @@ class Runner:
     def _obstacle(self, moment: Moment, history: History, given: Given) -> str:
         """Why this call must be computed whatever the policy says; empty when it need not."""
         varying = (self._denoiser.spec.timestep, *self._site.afresh)
-        swapped = self._swapped(moment, given, (self._denoiser.spec.latents, *varying))
+        given_anew = self._given_anew(moment, Conditioning(given, (self._denoiser.spec.latents, *varying)))
         if history.admit(kind_of_call(given, varying, self._denoiser.module)):
             return CHANGED
-        if swapped:
+        if given_anew:
             history.forget()
-            return SWAPPED
+            return OTHER_TEXT
         if not history.snapshots:
             return FIRST if moment.first else NOTHING_KEPT
         if history.snapshots[-1].moment.step < self._computed_at < moment.step:
@@ -121,12 +121,14 @@ class Runner:
             return OTHER_LEADER
         return self._unpredictable(moment, history)
 
-    def _swapped(self, moment: Moment, given: Given, varying: tuple[str, ...]) -> bool:
-        """Does this branch come with what another came with before? Unnamed branches shift when one is dropped."""
-        now, before = conditioning(given, varying), self._texts.get(moment.branch)
-        others = [text for branch, text in self._texts.items() if branch != moment.branch]
-        self._texts[moment.branch] = now
-        return before is not None and now != before and now in others
+    def _given_anew(self, moment: Moment, text: Conditioning) -> bool:
+        """Does this branch come with another text than before? Unnamed branches shift when one is dropped or added."""
+        before = self._texts.get(moment.branch)
+        others = [other for branch, other in self._texts.items() if branch != moment.branch]
+        self._texts[moment.branch] = text
+        if before is None or text.same(before):
+            return False
+        return text.replaces(before) or any(text.same(other) for other in others)
 
     def _unpredictable(self, moment: Moment, history: History) -> str:
         """Why the sampler makes guesses worthless that take its path to be smooth."""
