@@ -34,9 +34,9 @@ class OutputForecast(ForecastCache):
     outputs change fastest. The output is extrapolated as the velocity of a rectified flow, whatever the network
     predicts, and converted back with the noise level. With `correct`, each stretch of forecast steps is integrated
     again through the next true output: exact for samplers that are Euler in flow time (flow matching, DDIM, Euler),
-    left out for others and over intervals of more than 4. With a `tolerance` nothing is fixed beforehand: each computed step shows how wrong the
-    forecast was, and harder pictures get more steps; that waits for the GPU once a computed step. Memory is a few
-    outputs, megabytes at most.
+    left out for others and over intervals of more than 4. With a `tolerance` nothing is fixed beforehand: each
+    computed step shows how wrong the forecast was, and harder pictures get more steps; that waits for the GPU once a
+    computed step. Memory is a few outputs, megabytes at most.
     """
 
     paper: ClassVar[str] = "multistep extrapolation; corrector after UniPC (NeurIPS 2023), arXiv:2302.04867"
