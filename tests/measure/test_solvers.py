@@ -138,6 +138,11 @@ def test_what_has_no_counterpart_is_refused_in_words(scheduler: Any, words: str)
         solver_for(scheduler)
 
 
+def test_without_a_name_the_family_decides() -> None:
+    assert isinstance(solver_for(flow()), UniPCMultistepScheduler)
+    assert isinstance(solver_for(ddim()), DPMSolverMultistepScheduler)
+
+
 def test_an_unknown_solver_suggests_a_known_one() -> None:
     with pytest.raises(UnknownName, match="unipc"):
         solver_for(ddim(), "unicp")  # type: ignore[arg-type]
