@@ -95,6 +95,19 @@ def test_timesteps_and_noise_levels_stay_those_of_the_original(solver: Solver, t
         assert torch.isfinite(solver_made.sigmas).all()
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_request_that_enters_late_knows_nothing_of_the_one_before(solver: Solver) -> None:
+    used, fresh = solver_for(flow(), solver), solver_for(flow(), solver)
+    sampled(used, 9)
+    reached: list[torch.Tensor] = []
+    for scheduler in (used, fresh):
+        scheduler.set_timesteps(6)
+        scheduler.set_begin_index(2)
+        x = torch.linspace(-1, 1, 8).reshape(1, 8, 1, 1)
+        reached.append(scheduler.step(2 * x, scheduler.timesteps[2], x, return_dict=False)[0])
+    assert torch.equal(*reached)
+
+
 def test_dpm_on_its_own_grid_is_diffusers_own() -> None:
     settings: dict[str, Any] = BETAS | {"timestep_spacing": "trailing"}
     own = DPMSolverMultistepScheduler(**settings)

@@ -136,6 +136,7 @@ class _OnGridOf:
 
     _origin: Any = None
     _levels: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    _before: tuple[float, torch.Tensor] | None = None
 
     def follow(self: Any, origin: Any) -> None:
         """Take timesteps and noise levels from `origin` from now on, and understand the same arguments."""
@@ -149,6 +150,7 @@ class _OnGridOf:
             own(len(timesteps), device=timesteps.device)
             self.timesteps, self.sigmas = timesteps, sigmas
             self.num_inference_steps = len(timesteps)
+            self._before = None
 
         self.set_timesteps = set_timesteps
 
@@ -164,8 +166,6 @@ class _OnGridOf:
 
 class _AdamsBashforth(_OnGridOf):
     """x' = x + h (u + h / (2 h_before) (u - u_before)) in flow time; the first step is Euler's."""
-
-    _before: tuple[float, torch.Tensor] | None = None
 
     def step(
         self: Any,
