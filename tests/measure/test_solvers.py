@@ -95,6 +95,19 @@ def test_timesteps_and_noise_levels_stay_those_of_the_original(solver: Solver, t
         assert torch.isfinite(solver_made.sigmas).all()
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_request_that_enters_late_knows_nothing_of_the_one_before(solver: Solver) -> None:
+    used, fresh = solver_for(flow(), solver), solver_for(flow(), solver)
+    sampled(used, 9)
+    reached: list[torch.Tensor] = []
+    for scheduler in (used, fresh):
+        scheduler.set_timesteps(6)
+        scheduler.set_begin_index(2)
+        x = torch.linspace(-1, 1, 8).reshape(1, 8, 1, 1)
+        reached.append(scheduler.step(2 * x, scheduler.timesteps[2], x, return_dict=False)[0])
+    assert torch.equal(*reached)
+
+
 def test_dpm_on_its_own_grid_is_diffusers_own() -> None:
     settings: dict[str, Any] = BETAS | {"timestep_spacing": "trailing"}
     own = DPMSolverMultistepScheduler(**settings)
@@ -136,6 +149,11 @@ def test_what_has_no_counterpart_is_refused_in_words(scheduler: Any, words: str)
     assert words in (solver_problem(scheduler) or "")
     with pytest.raises(HastenError, match=words):
         solver_for(scheduler)
+
+
+def test_without_a_name_the_family_decides() -> None:
+    assert isinstance(solver_for(flow()), UniPCMultistepScheduler)
+    assert isinstance(solver_for(ddim()), DPMSolverMultistepScheduler)
 
 
 def test_an_unknown_solver_suggests_a_known_one() -> None:

@@ -21,21 +21,19 @@ Solver = Literal["dpm++", "unipc", "ab2"]
 #: both are diffusers' code. Adams-Bashforth of order 2 in flow time sigma / (alpha + sigma), with unequal steps.
 SOLVERS: tuple[Solver, ...] = ("dpm++", "unipc", "ab2")
 
-BEST: Solver = "unipc"
-"""The solver used when none is named; `benchmarks/caching/RESULTS.md` compares them."""
-
 # Pure noise has no logarithm of the signal-to-noise ratio: multistep solvers start this far beside it.
 _FLOW_START = 1 - 1e-6
 _LEAST_SIGNAL = 2.0**-24
 
 
 @contextmanager
-def other_solver(pipeline: Any, solver: Solver = BEST) -> Generator[Any]:
+def other_solver(pipeline: Any, solver: Solver | None = None) -> Generator[Any]:
     """Swap `pipeline.scheduler` for a second-order multistep solver; one network evaluation a step, as before.
 
-    Noise levels and timesteps stay those of the original scheduler, which comes back on leaving, also after an
-    exception. Yields the solver. Raises UnknownName for a solver that is not in `SOLVERS`, and HastenError for
-    pipelines whose scheduler has no such counterpart (stochastic and distilled ones, several evaluations a step).
+    Without a name it is the one of `best_for`. Noise levels and timesteps stay those of the original scheduler, which
+    comes back on leaving, also after an exception. Yields the solver. Raises UnknownName for a solver that is not in
+    `SOLVERS`, and HastenError for pipelines whose scheduler has no such counterpart (stochastic and distilled ones,
+    several evaluations a step).
     """
     origin = getattr(pipeline, "scheduler", None)
     swapped = solver_for(origin, solver)
@@ -46,13 +44,21 @@ def other_solver(pipeline: Any, solver: Solver = BEST) -> Generator[Any]:
         pipeline.scheduler = origin
 
 
-def solver_for(scheduler: Any, solver: Solver = BEST) -> Any:
+def best_for(scheduler: Any) -> Solver:
+    """The solver that came nearest to the plain pictures at few steps (`benchmarks/caching/RESULTS.md`).
+
+    UniPC on rectified flows; DPM-Solver++(2M) otherwise, where UniPC falls behind under guidance.
+    """
+    return "unipc" if _is_flow(scheduler) else "dpm++"
+
+
+def solver_for(scheduler: Any, solver: Solver | None = None) -> Any:
     """A diffusers scheduler that takes the steps of `scheduler` with another solver; errors as `other_solver`."""
-    if solver not in SOLVERS:
+    if solver is not None and solver not in SOLVERS:
         raise UnknownName("solver", solver, SOLVERS)
     if problem := solver_problem(scheduler):
         raise HastenError(problem)
-    return _build(scheduler, solver)
+    return _build(scheduler, solver or best_for(scheduler))
 
 
 def solver_problem(scheduler: Any) -> str | None:
@@ -130,6 +136,7 @@ class _OnGridOf:
 
     _origin: Any = None
     _levels: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    _before: tuple[float, torch.Tensor] | None = None
 
     def follow(self: Any, origin: Any) -> None:
         """Take timesteps and noise levels from `origin` from now on, and understand the same arguments."""
@@ -143,6 +150,7 @@ class _OnGridOf:
             own(len(timesteps), device=timesteps.device)
             self.timesteps, self.sigmas = timesteps, sigmas
             self.num_inference_steps = len(timesteps)
+            self._before = None
 
         self.set_timesteps = set_timesteps
 
@@ -158,8 +166,6 @@ class _OnGridOf:
 
 class _AdamsBashforth(_OnGridOf):
     """x' = x + h (u + h / (2 h_before) (u - u_before)) in flow time; the first step is Euler's."""
-
-    _before: tuple[float, torch.Tensor] | None = None
 
     def step(
         self: Any,
