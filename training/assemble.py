@@ -16,7 +16,7 @@ import models
 
 Weights = dict[str, torch.Tensor]
 STEPS = 28
-GUIDANCE = {"emoji-flux": 3.0, "emoji-sd": 4.0, "emoji-dit": 3.0}
+GUIDANCE = {"emoji-flux": 3.0, "emoji-sd": 2.0, "emoji-dit": 3.0}
 PROMPTS = [
     "pizza, fluent style",
     "rocket, noto style",

@@ -1,6 +1,6 @@
 #!/bin/bash
 # One stage on a CUDA machine: training/stage.sh STAGE RUN_FOLDER DATA TOKENIZERS [MINUTES]
-# Stages, in this order: vae, denoisers, distil, samples. Each resumes from what is in RUN_FOLDER.
+# Stages, in this order: vae, denoisers, refine, distil, samples. Each resumes from what is in RUN_FOLDER.
 set -u
 stage=$1 run=$2 data=$3 tokens=$4 minutes=${5:-4}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,6 +15,9 @@ denoisers)  # the three side by side: each alone leaves the GPU waiting for laun
     for model in emoji-flux emoji-sd emoji-dit; do train $model --minutes "$minutes" & done
     wait
     ;;
+refine)  # emoji-flux gained too little by it
+    train emoji-sd --refine --lr 0.6 --minutes "$minutes"
+    ;;
 distil)
     train emoji-flux --distil --minutes "$minutes"
     ;;
@@ -26,7 +29,7 @@ samples)
     wait
     ;;
 *)
-    echo "unknown stage '$stage': vae, denoisers, distil or samples" >&2
+    echo "unknown stage '$stage': vae, denoisers, refine, distil or samples" >&2
     exit 2
     ;;
 esac

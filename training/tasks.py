@@ -30,13 +30,14 @@ class Data:
     emoji: EmojiSet
     index: list[int]
     device: str
+    posterior: float = 1.0  # share of the posterior's deviation in the latents
 
     def __len__(self) -> int:
         return len(self.index)
 
     def latents(self, batch: torch.Tensor) -> torch.Tensor:
         """A sample of the posterior of each image."""
-        return self.mean[batch] + self.std[batch] * torch.randn_like(self.mean[batch])
+        return self.mean[batch] + self.posterior * self.std[batch] * torch.randn_like(self.mean[batch])
 
     def tokens(self, tokenizer: Any, length: int) -> torch.Tensor:
         """Token ids [N + 1, VARIANTS, length] int64; the last row is the empty caption."""
@@ -90,6 +91,11 @@ class Task(nn.Module):
 
     muon_lr = 0.0
     lr = 1e-3
+    data: Data
+
+    def refine(self) -> None:
+        """From now on care more about what shows as texture: latents without noise, more of the last steps."""
+        self.data.posterior = 0.0
 
     def components(self) -> dict[str, nn.Module]:
         """Modules as they are named in the pipeline folder."""
@@ -115,6 +121,7 @@ class FluxTask(Task):
     lengths = (16, 32, 64, 128, 512)
     shares = (0.80, 0.10, 0.04, 0.03, 0.03)
     shift = 1.65  # e^0.5, what the scheduler does at 256 tokens
+    even = 0.1  # share of the times that are spread evenly, as the sampler's are
 
     def __init__(self, data: Data, tokenizers: Path) -> None:
         super().__init__()
@@ -141,6 +148,10 @@ class FluxTask(Task):
     def compile(self) -> None:
         self.fast = torch.compile(self.transformer, dynamic=False)
 
+    def refine(self) -> None:
+        super().refine()
+        self.even = 0.6
+
     def length(self) -> int:
         """A text length for one batch."""
         return self.lengths[int(torch.multinomial(torch.tensor(self.shares), 1))]
@@ -154,7 +165,7 @@ class FluxTask(Task):
     def times(self, count: int) -> torch.Tensor:
         """Times in (0, 1), 1 is pure noise."""
         t = torch.sigmoid(torch.randn(count, device=self.data.device))
-        t = torch.where(torch.rand_like(t) < 0.1, torch.rand_like(t), t)
+        t = torch.where(torch.rand_like(t) < self.even, torch.rand_like(t), t)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def predict(
@@ -187,10 +198,16 @@ class FluxTask(Task):
 class DiffusionTask(Task):
     """v-prediction under the zero-terminal-SNR schedule with min-SNR-5 weights (arXiv 2303.09556)."""
 
+    floor = 0.25  # added to every weight: what the nearly noiseless and the nearly pure noise get
+
     def __init__(self, data: Data) -> None:
         super().__init__()
         self.data = data
         self.alphas = models.ddim_scheduler().alphas_cumprod.to(data.device)
+
+    def refine(self) -> None:
+        super().refine()
+        self.floor = 0.6
 
     def noised(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy latents, integer times, target velocity and loss weight."""
@@ -199,7 +216,7 @@ class DiffusionTask(Task):
         t = torch.randint(len(self.alphas), batch.shape, device=batch.device)
         a = self.alphas[t][:, None, None, None]
         snr = a / (1 - a)
-        weight = 0.25 + snr.clamp(max=5.0) / (snr + 1)
+        weight = self.floor + snr.clamp(max=5.0) / (snr + 1)
         return a.sqrt() * data + (1 - a).sqrt() * noise, t, a.sqrt() * noise - (1 - a).sqrt() * data, weight
 
 

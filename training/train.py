@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--distil", action="store_true", help="emoji-flux: distil guidance into the trained model")
+    parser.add_argument("--refine", action="store_true", help="go on with a trained model: flat areas, true colours")
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
     return parser.parse_args()
 
@@ -36,7 +37,7 @@ def start(task: Task, ema: Ema, optimiser: Optimisers, folder: Path, name: str) 
         if not path.exists():
             continue
         state = torch.load(path, map_location=task.data.device, weights_only=True)
-        shadow = {key: value.float() for key, value in state["ema"].items()}
+        shadow = {key: state["ema"][key].float() for key in ema.shadow}  # in the order of the parameters
         task.load_state_dict(state.get("model", shadow), strict=False)
         ema.shadow, ema.updates = shadow, state["step"]
         if "optimiser" in state:
@@ -61,7 +62,7 @@ def keeper(task: Task, ema: Ema, optimiser: Optimisers, folder: Path, name: str)
 def train(args: argparse.Namespace, task: Task, device: str) -> None:
     """The training loop of one model."""
     optimiser = Optimisers(task, task.lr * args.lr, task.muon(), task.muon_lr * args.lr)
-    ema = Ema(task)
+    ema = Ema(task, 0.998 if args.refine else 0.9995)
     step = start(task, ema, optimiser, args.out, args.model)
     log = Log(args.out / "logs" / f"{args.model}.csv")
     torch.manual_seed(step)
@@ -75,7 +76,8 @@ def train(args: argparse.Namespace, task: Task, device: str) -> None:
         ema.update()
         log.add(step, loss, factor, args.batch)
 
-    run(Budget(args.minutes, args.steps), step, one, keeper(task, ema, optimiser, args.out, args.model))
+    budget = Budget(args.minutes, args.steps, cooldown=0.8 if args.refine else 0.4)
+    run(budget, step, one, keeper(task, ema, optimiser, args.out, args.model))
 
 
 class Distillation:
@@ -162,6 +164,8 @@ def main() -> None:
     torch._dynamo.config.suppress_errors = True  # eager where the compiler fails
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = make_task(args.model, args.data, args.out / "vae", args.tokenizers, device)
+    if args.refine:
+        task.refine()
     if args.distil:
         assert isinstance(task, FluxTask)
         distil(args, task, device)

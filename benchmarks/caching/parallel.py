@@ -26,14 +26,15 @@ from run import MODELS, slug
 from hasten.core.files import atomic_write_text, json_text, read_json
 
 HERE = Path(__file__).parent
+CALIBRATED = ("TeaCache", "MagCache", "PlannedCache")
 Shard = tuple[str, int, str]
 """Model, steps, and the words that `run.py --only` takes."""
 
 
 def shards(models: Sequence[str], steps: Sequence[int]) -> list[Shard]:
-    """One for each method, the longest requests first."""
-    methods = [*ours(), *peers(), *baselines()]
-    wanted = product(sorted(steps, reverse=True), methods, models)
+    """One for each method; those that read calibrated data come last, so that it may be made meanwhile."""
+    methods = [*baselines(), *ours(), *peers()]
+    wanted = product(steps, sorted(methods, key=lambda m: m.name in CALIBRATED), models)
     return [(model, count, f"{m.kind} {m.name}") for count, m, model in wanted if m.fits(model)]
 
 

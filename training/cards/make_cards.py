@@ -21,6 +21,7 @@ INTRO = {
     "emoji-dit": "A `DiTPipeline` that draws emoji of a class such as *pizza*. Class-conditional transformer,"
     " v-prediction, classifier-free guidance: two calls a step.",
 }
+MACHINES = {"emoji-sd": "one H200 and (the last 6) one H100"}
 ALIGNMENT = "right name first, of all {names}"
 
 
@@ -161,10 +162,10 @@ def trained_on(name: str, folder: Path, found: dict[str, Any]) -> str:
 def training_section(name: str) -> str:
     """Time, steps and loss from the logs."""
     rows = [[run.name, f"{run.steps:,}", f"{run.minutes:.1f}", f"{run.loss:.3f}"] for run in runs(name)]
-    total = sum(run.minutes for run in runs(name))
+    total, machine = sum(run.minutes for run in runs(name)), MACHINES.get(name, "one H200")
     return (
         table(["run", "logged steps", "minutes", "last loss"], rows)
-        + f"\n\nTogether {total:.0f} minutes of one H200, part of them shared with the other models' runs; the"
+        + f"\n\nTogether {total:.0f} minutes of {machine}, part of them shared with the other models' runs; the"
         " autoencoder is the same for all three. Scripts, logs and how to repeat it: `training/README.md`."
     )
 

@@ -17,6 +17,10 @@ from hasten.core.target import Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 
+_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes in which inductor records CUDA graphs. One block's graph serves all its equals, and the second replay destroys
+what the first put out (seen with PyTorch 2.11 on FLUX)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileBlocks(Technique):
@@ -47,6 +51,11 @@ class CompileBlocks(Technique):
         yield from missing_tools(self.backend, target.device)
         if self.backend not in (known := torch.compiler.list_backends(exclude_tags=())):
             yield f"there is no torch.compile back-end {self.backend!r}; available: {', '.join(known)}."
+        if target.device.type == "cuda" and self.backend == "inductor" and self.mode in _GRAPHS:
+            yield (
+                f"mode={self.mode!r} replays CUDA graphs, in which equal blocks overwrite each other's results; "
+                f"use mode='default' or 'max-autotune-no-cudagraphs'."
+            )
         for denoiser in target.denoisers:
             if not any(denoiser.of_class(*denoiser.spec.repeated_blocks)):
                 yield f"hasten does not know the repeated blocks of {denoiser.spec.model_class}."

@@ -22,7 +22,12 @@ from hasten.cache.engine.rules import (
 from hasten.core.errors import HastenError, InvalidSetting, UnknownName
 
 RULES = st.builds(
-    Rule, st.sampled_from(QUANTITIES), st.sampled_from(VARIABLES), st.integers(min_value=0, max_value=3), st.booleans()
+    Rule,
+    st.sampled_from(QUANTITIES),
+    st.sampled_from(VARIABLES),
+    st.integers(min_value=0, max_value=3),
+    st.booleans(),
+    st.sampled_from([1.0, 0.5, 0.25, 0.0]),
 )
 STEPS = st.lists(st.integers(min_value=1, max_value=9), min_size=1, max_size=6).map(
     lambda gaps: [float(sum(gaps[: k + 1])) for k in range(len(gaps))]
@@ -38,6 +43,20 @@ def test_a_rule_is_read_as_it_is_written(rule: Rule) -> None:
 def test_the_notation() -> None:
     assert parse_rule("velocity/index/1c") == Rule("velocity", "index", 1, correct=True)
     assert str(Rule("clean", "angle", 2)) == "clean/angle/2"
+    assert str(Rule("velocity", "index", 1, correct=True, trust=0.5)) == "velocity/index/1c@0.5"
+
+
+@given(STEPS, ORDERS, st.floats(min_value=0, max_value=1))
+def test_trust_lies_between_holding_and_the_whole_extrapolation(
+    positions: list[float], order: int, trust: float
+) -> None:
+    at = positions[-1] + 2
+    full, held = weights(positions, at, order), weights(positions, at, 0)
+    found = Rule(order=order, trust=trust).weights(positions, at)
+    expected = [trust * one for one in full]
+    expected[-1] += (1 - trust) * held[-1]
+    assert found == pytest.approx(expected)
+    assert sum(found) == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +69,9 @@ def test_the_notation() -> None:
         ("clean/index/c", "digit"),
         ("clean/index/1cc", "digit"),
         ("clean/index/-1", "digit"),
+        ("clean/index/1@", "digit"),
+        ("clean/index/1@1.2.3", "digit"),
+        ("clean/index/1@2", "from 0 to 1"),
         ("", "quantity/variable/order"),
     ],
 )

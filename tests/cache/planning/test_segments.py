@@ -65,6 +65,18 @@ def test_segment_errors_are_those_of_integrating_the_vectors(name: str, order: i
                 assert np.array_equal(error, predictor)
 
 
+@pytest.mark.parametrize("correct", [False, True])
+def test_half_of_the_trust_makes_half_of_the_difference(correct: bool) -> None:
+    path = recorded(FIELD, GRIDS["v"], noise(0))
+    errors = [
+        segment_error(path, (0, 1, 3, 7), 2, Rule("velocity", "index", 1, correct, trust)) for trust in (0, 0.5, 1)
+    ]
+    (_, held), (corrected, half), (fully, full) = errors
+    assert np.allclose(half, (held + full) / 2)
+    assert not np.allclose(half, full)
+    assert np.array_equal(corrected, fully) == correct, "what is interpolated does not depend on the guess"
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_corrected_errors_use_the_output_at_the_end_of_the_gap(name: str) -> None:
     path = recorded(FIELD, GRIDS[name], noise(1))

@@ -117,7 +117,8 @@ def segment_error(path: Path, compute: tuple[int, ...], number: int, rule: Rule)
     predicted = _last(forecast.landings(starts, predictor_nodes(history, rule), ends), path)
     if not rule.correct or end == steps:
         return predicted, predicted
-    return _last(forecast.landings(starts, corrector_nodes(history, ends, rule), ends), path), predicted
+    between = Forecast(path, rule.quantity, rule.variable)
+    return _last(between.landings(starts, corrector_nodes(history, ends, rule), ends), path), predicted
 
 
 def _last(landings: Iterator[Landings], path: Path) -> Floats:
