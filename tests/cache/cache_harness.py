@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,10 +65,23 @@ def repeat(pipe: Pipe, steps: int, *calls: Arguments, stop_after: int | None = N
     outputs: list[torch.Tensor] = []
     pipe.scheduler.set_timesteps(steps)
     picture = torch.zeros(1, 4, 4, 4)
-    for index, timestep in enumerate(pipe.scheduler.timesteps[:stop_after]):
-        outputs.append(pipe.model(**calls[min(index, len(calls) - 1)])[0])
+    made = in_one_place([*calls, *calls[-1:] * steps])
+    for given, timestep in zip(made, pipe.scheduler.timesteps[:stop_after], strict=False):
+        outputs.append(pipe.model(**given)[0])
         pipe.scheduler.step(picture, timestep, picture)
     return outputs
+
+
+def in_one_place(calls: Iterable[Arguments]) -> Iterator[Arguments]:
+    """With texts of one size in one memory, as a pipeline keeps its text: another memory would be another text."""
+    places: dict[torch.Size, torch.Tensor] = {}
+    for given in calls:
+        text = given.get("encoder_hidden_states")
+        if isinstance(text, torch.Tensor):
+            place = places.setdefault(text.shape, text.clone())
+            yield given | {"encoder_hidden_states": place.copy_(text)}
+        else:
+            yield given
 
 
 def equal(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:

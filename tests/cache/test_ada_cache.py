@@ -111,6 +111,18 @@ def test_published_codebooks_are_data() -> None:
         assert book.rate(0.0) == max(rate for _, rate in book.rates)
 
 
+def test_a_stretched_codebook_is_for_models_that_change_more() -> None:
+    pipe = Pipe("dit")
+    full: list[int] = []
+    for stretch in (0.01, 1.0, 100.0):
+        with accelerate(pipe, AdaCache(codebook=((0.03, 6), (1.0, 2)), stretch=stretch)) as session:
+            sample(pipe, 20, pipe.arguments())
+            full.append(next(iter(session.evidence().values())).full_steps or 0)
+    assert full[2] < full[1] <= full[0]
+    assert full[2] == 6, "two at each end, and every sixth between"
+    assert published("fast").stretched(2.0).rate(0.15) == published("fast").rate(0.075) == 6
+
+
 def test_what_is_no_number_computes() -> None:
     assert Codebook(((1.0, 5),)).rate(float("nan")) == 1
     assert Codebook(((1.0, 5),)).rate(float("inf")) == 5

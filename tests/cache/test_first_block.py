@@ -131,8 +131,10 @@ def stacked(*parts: Arguments) -> Arguments:
 def test_the_sample_that_changes_most_decides_for_its_batch() -> None:
     runner = Runner()
     still, moving = [runner.given] * 8, runner.drifting(8)
+    both = [stacked(a, b) for a, b in zip(still, moving, strict=True)]
+    text = both[0]["encoder_hidden_states"]
     patterns: list[list[bool]] = []
-    for calls in (still, moving, [stacked(a, b) for a, b in zip(still, moving, strict=True)]):
+    for calls in (still, moving, [given | {"encoder_hidden_states": text} for given in both]):
         with recorded(runner, FirstBlockCache(threshold=0.08)) as (_, ran):
             runner.request(calls)
         patterns.append(list(ran))

@@ -40,6 +40,12 @@ class AdaCache(Cache):
         default="fast",
         metadata=about("a published codebook, or pairs (change, rate); () always computes", off=(), trial=((1e9, 3),)),
     )
+    stretch: float = field(
+        default=1.0,
+        metadata=about(
+            "factor on the codebook's changes, for models that change more or less", gt=0.0, budget="threshold"
+        ),
+    )
     motion: bool = field(default=False, metadata=about("compute videos with much motion more often"))
     warm_up: int = field(default=2, metadata=about("first steps that are computed", ge=1, trial=1))
     cool_down: int = field(default=2, metadata=about("last steps that are computed", ge=0, trial=0))
@@ -64,8 +70,9 @@ class AdaCache(Cache):
 
     def policy(self, denoiser: Denoiser) -> Policy:
         """As long as the codebook allows."""
+        book = published(self.codebook) if isinstance(self.codebook, str) else Codebook(self.codebook)
         return LookedUp(
-            published(self.codebook) if isinstance(self.codebook, str) else Codebook(self.codebook),
+            book.stretched(self.stretch),
             place_in_the_middle(denoiser),
             warm_up=self.warm_up,
             cool_down=self.cool_down,

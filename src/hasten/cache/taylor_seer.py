@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -13,26 +13,12 @@ from hasten.cache.engine.output import OutputSite
 from hasten.cache.engine.policy import Fixed, Policy
 from hasten.cache.engine.preset import Cache
 from hasten.cache.engine.problems import no_branches, noisy_sampler
-from hasten.cache.engine.rules import taylor_weights
 from hasten.cache.engine.site import Site
-from hasten.core.clock import Moment
+from hasten.cache.engine.taylor import hold_or_taylor
 from hasten.core.target import Denoiser, Target
 from hasten.core.technique import about
 
 Where = Literal["branches", "residual", "output"]
-
-
-class TaylorSeries(Hold):
-    """A Taylor series in the step index whose derivatives are differences of computed values; see `engine.rules`."""
-
-    smooth = True
-
-    def __init__(self, order: int) -> None:
-        self._order, self.snapshots = order, order + 1
-
-    def weights(self, moments: Sequence[Moment], at: Moment) -> tuple[float, ...]:
-        """Those of `taylor_weights`; of lower order while fewer values are known."""
-        return taylor_weights([moment.step for moment in moments], at.step, self._order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +67,7 @@ class TaylorSeer(Cache):
 
     def guess(self) -> Hold:
         """The series."""
-        return TaylorSeries(self.order) if self.order else Hold()
+        return hold_or_taylor(self.order, begin=0)
 
     def in_words(self) -> str:
         """The interval."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, cast
@@ -40,6 +40,10 @@ class Codebook:
         if math.isnan(change) or not self.rates:
             return 1
         return int(next((rate for limit, rate in self.rates if change < limit), self.rates[-1][1]))
+
+    def stretched(self, factor: float) -> Codebook:
+        """The same rates for changes that are larger by this factor."""
+        return replace(self, rates=tuple((limit * factor, rate) for limit, rate in self.rates))
 
     def regards_motion(self, moment: Moment) -> bool:
         """Is this one of the steps in which motion counts? Where no scheduler is observed, all are."""

@@ -75,21 +75,31 @@ class Conditioning:
 
     def __init__(self, given: Mapping[str, Any], varying: tuple[str, ...]) -> None:
         others = [value for name, value in given.items() if not _matches(name, varying)]
-        tensors = [leaf for leaf in tree_leaves(others) if isinstance(leaf, torch.Tensor)]
+        tensors = _tensors(others)
         self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._offsets = [tensor.storage_offset() for tensor in tensors]
+        texts = _tensors([value for name, value in given.items() if fnmatchcase(name, _TEXTS)])
+        self._texts = [StorageWeakRef(tensor.untyped_storage()) for tensor in texts]
 
     def same(self, other: Conditioning) -> bool:
         """Are they the very same tensors?"""
         return self._memory == other._memory and self._offsets == other._offsets
 
     def replaces(self, earlier: Conditioning) -> bool:
-        """Are there other tensors beside those of `earlier`, and not in their place?
+        """Is there another text beside that of `earlier`, which is still there?
 
-        Some pipelines make the same tensors anew at each step; then the earlier ones are gone.
+        Some pipelines make the same text anew at each step; then the earlier one is gone.
         """
-        pairs = zip(self._memory, earlier._memory, strict=False)
+        pairs = zip(self._texts, earlier._texts, strict=False)
         return any(now != before and not before.expired() for now, before in pairs)
+
+
+_TEXTS = "encoder_hidden_states*"
+"""Arguments that hold texts, or pictures in their place."""
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -12,19 +12,19 @@ from hasten.core.clock import Moment
 class Taylor(Hold):
     """Extrapolates the latest computed values over step indices; of order 0 it holds the latest.
 
-    Source: TaylorSeer (arXiv:2503.06923). A difference is taken at steps with an index above 1 only, as in
-    cache-dit: the first two steps of a request change too much to be carried on.
+    Source: TaylorSeer (arXiv:2503.06923). Differences are taken at steps from `begin` on; cache-dit begins with step
+    index 2, because the first two steps of a request change too much to be carried on.
     """
 
     smooth = True
 
-    def __init__(self, order: int) -> None:
-        self.order, self.snapshots = order, order + 1
+    def __init__(self, order: int, *, begin: int = 2) -> None:
+        self.order, self.snapshots, self._begin = order, order + 1, begin
 
     def weights(self, moments: Sequence[Moment], at: Moment) -> tuple[float, ...]:
         """Weights of the kept values; those that a lower order does not use get 0."""
         steps = [moment.step for moment in moments]
-        order = min(self.order, len(steps) - 1, _trailing([step > 1 for step in steps]))
+        order = min(self.order, len(steps) - 1, _trailing([step >= self._begin for step in steps]))
         used = taylor_weights(steps, at.step, order)
         return (*(0.0,) * (len(steps) - len(used)), *used)
 
@@ -39,6 +39,6 @@ def _trailing(holds: Sequence[bool]) -> int:
     return count
 
 
-def hold_or_taylor(order: int) -> Hold:
+def hold_or_taylor(order: int, *, begin: int = 2) -> Hold:
     """The guess of this order."""
-    return Taylor(order) if order else Hold()
+    return Taylor(order, begin=begin) if order else Hold()
