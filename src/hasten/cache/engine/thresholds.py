@@ -51,9 +51,11 @@ class ChangeOfFront(Policy):
         if anchor is None or anchor.shape != signal.shape or self._threshold <= 0:
             self._reading = None
             return True
-        self._reading = Reading(over_batch(relative_change(signal, anchor, self._group), self._how))
-        self._span = max(1, moment.step - self._anchored_at)
-        return False if self._late else not self._reading.value() < self._threshold
+        change = over_batch(relative_change(signal, anchor, self._group), self._how)
+        if not self._late:
+            return not float(change.item()) < self._threshold
+        self._reading, self._span = Reading(change), max(1, moment.step - self._anchored_at)
+        return False
 
     def computed(self, moment: Moment, kept: Value | None, guessed: Callable[[], Value | None]) -> None:
         """The residual just seen becomes the anchor."""
