@@ -28,7 +28,7 @@ from hasten.measure.quality import Fidelity, mean_fidelity
 from hasten.measure.rendering import native_size
 from hasten.measure.rows import finished_row, refused_row
 from hasten.measure.runner import Run, run_recipe
-from hasten.measure.solvers import BEST, other_solver, solver_problem
+from hasten.measure.solvers import TITLES, best_for, other_solver, solver_problem
 
 NamedRecipe = tuple[str, Recipe]
 FLOOR_RECIPE = "AttentionBackend(name='math')"
@@ -121,9 +121,11 @@ def _run_controls(job: _Job, steps: int) -> None:
     """The plain pipeline with so many steps, and a better solver with as many: a cache has to beat both."""
     fewer = job.workload.replace(steps=steps)
     _run_row(job, f"plain, {steps} steps", Recipe(), "fewer_steps", fewer)
-    if solver_problem(getattr(job.pipeline, "scheduler", None)) is None:
+    scheduler = getattr(job.pipeline, "scheduler", None)
+    if solver_problem(scheduler) is None:
+        title = TITLES[best_for(scheduler)]
         with other_solver(job.pipeline):
-            _run_row(job, f"{BEST} solver, {steps} steps", Recipe(), "other_solver", fewer)
+            _run_row(job, f"{title}, {steps} steps", Recipe(), "other_solver", fewer)
 
 
 def _within_budget(job: _Job, name: str, recipe: Recipe) -> NamedRecipe:

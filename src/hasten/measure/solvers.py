@@ -21,6 +21,9 @@ Solver = Literal["dpm++", "unipc", "ab2"]
 #: both are diffusers' code. Adams-Bashforth of order 2 in flow time sigma / (alpha + sigma), with unequal steps.
 SOLVERS: tuple[Solver, ...] = ("dpm++", "unipc", "ab2")
 
+TITLES: dict[Solver, str] = {"dpm++": "DPM++(2M)", "unipc": "UniPC", "ab2": "AB2"}
+"""The solvers as reports name them."""
+
 # Pure noise has no logarithm of the signal-to-noise ratio: multistep solvers start this far beside it.
 _FLOW_START = 1 - 1e-6
 _LEAST_SIGNAL = 2.0**-24
