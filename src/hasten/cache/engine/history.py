@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -63,8 +64,7 @@ def kind_of_call(given: Mapping[str, Any], varying: tuple[str, ...], module: nn.
     `given` holds the call's arguments by name; those whose name matches a pattern of `varying` are left out.
     """
     arguments = [(name, value) for name, value in given.items() if value is not None and not _matches(name, varying)]
-    leaves = tuple((name, *map(_essence, tree_leaves(value))) for name, value in arguments)
-    return leaves, _adapters(module)
+    return tuple((name, _shape_of(value)) for name, value in arguments), _adapters(module)
 
 
 class Conditioning:
@@ -78,7 +78,7 @@ class Conditioning:
         tensors = _tensors(others)
         self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._offsets = [tensor.storage_offset() for tensor in tensors]
-        texts = _tensors([value for name, value in given.items() if fnmatchcase(name, _TEXTS)])
+        texts = _tensors([value for name, value in given.items() if _matches(name, _TEXTS)])
         self._texts = [StorageWeakRef(tensor.untyped_storage()) for tensor in texts]
 
     def same(self, other: Conditioning) -> bool:
@@ -94,16 +94,21 @@ class Conditioning:
         return any(now != before and not before.expired() for now, before in pairs)
 
 
-_TEXTS = "encoder_hidden_states*"
-"""Arguments that hold texts, or pictures in their place."""
+_TEXTS = ("encoder_hidden_states*",)
+"""Patterns of arguments that hold texts, or pictures in their place."""
 
 
 def _tensors(values: object) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
+@functools.cache
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _shape_of(value: Any) -> object:
+    return _essence(value) if isinstance(value, torch.Tensor) else tuple(map(_essence, tree_leaves(value)))
 
 
 def _essence(leaf: Any) -> object:
