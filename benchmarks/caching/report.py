@@ -91,8 +91,9 @@ def line(row: Row, best: Row | None, plain: Row) -> str:
     steps = " / ".join(f"{row[name]:.1f}" for name in ("full_steps", "partial_steps", "left_out_steps"))
     seconds, processor = row["seconds"], row["cpu_seconds"]
     versus = "-" if best is None or best is row else signed(difference(psnr, best["to_plain"]["psnr"]).text(1))
+    name = row["name"] + (" †" if "machine" in row else "")
     cells = [
-        ("**" + row["name"] + "**") if best is row else row["name"],
+        f"**{name}**" if best is row else name,
         steps,
         f"{100 * row['work']:.0f} %",
         f"{processor['median']:.2f} ({processor['plain_meanwhile'] / processor['median']:.1f}x)",
