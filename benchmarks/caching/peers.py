@@ -71,7 +71,8 @@ def diffusers_cache(pipeline: Any, setting: Setting, *, make: Any) -> Iterator[N
 
 
 def _by_hand(denoiser: Any, config: Any) -> None:
-    """For models that diffusers does not equip: its public functions, and a cache context around each call."""
+    """For models that diffusers does not equip: its public functions, a cache context around each call, and resets."""
+    import torch
     from diffusers import hooks
     from diffusers.models.cache_utils import CacheMixin
 
@@ -81,9 +82,13 @@ def _by_hand(denoiser: Any, config: Any) -> None:
         "MagCacheConfig": hooks.apply_mag_cache,
     }
     functions[type(config).__name__](denoiser, config)
-    forward = denoiser.forward
+    registry, forward, last = hooks.HookRegistry.check_if_exists_or_initialize(denoiser), denoiser.forward, [0.0]
 
     def in_context(*args: Any, **kwargs: Any) -> Any:
+        timestep = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0])
+        if timestep > last[0]:  # a new picture: pipelines reset only the models that diffusers equips
+            registry.reset_stateful_hooks()
+        last[0] = timestep
         with CacheMixin.cache_context(denoiser, "both"):
             return forward(*args, **kwargs)
 
