@@ -154,7 +154,7 @@ def summary(tables: list[Table]) -> str:
 def best_cell(table: Table, fraction: int, kind: str) -> str:
     """PSNR and name of the best row of a kind, chosen on these very prompts."""
     rows = [row for row in table.at(fraction) if row["kind"] == kind and row["status"] == "ok"]
-    near = [row for row in rows if row["full_steps"] <= table.content["steps"] // fraction + 1.01]
+    near = [row for row in rows if row["full_steps"] <= table.content["steps"] // fraction + 0.51]
     if not near:
         return "-"
     best = max(near, key=lambda row: estimate(row["to_plain"]["psnr"]).mean)

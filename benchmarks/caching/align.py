@@ -1,7 +1,7 @@
 """Adds to each finished row how well its pictures still show what their prompts name (training/score's alignment).
 
     python training/emoji.py runs/data                                        # the real emoji, once
-    PYTHONPATH=.peers:training python benchmarks/caching/score.py runs/data   # needs training/score/requirements.txt
+    PYTHONPATH=.peers:training python benchmarks/caching/align.py runs/data   # needs training/score/requirements.txt
 
 Per prompt the log-probability of the right name among all names, under a head that never saw the real image of that
 name and style. KID is left out: of 32 pictures it would be noise.
