@@ -2,7 +2,8 @@
 
 Random weights (speed does not depend on them), bfloat16, one GPU. Each technique runs whole requests on a fresh
 model object; every denoiser call is timed between two CUDA events, and the statistics of the cache say which calls
-were reused. Beside each stands what its reused step has to compute anyway, timed on the same model with the other
+were reused. `reused_host_ms` is what Python spends in such a call, which hides behind a GPU that is still busy.
+Beside each stands what its reused step has to compute anyway, timed on the same model with the other
 blocks taken out. Peers run in the same process, on their own fresh objects.
 """
 
@@ -14,7 +15,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import nn
 
 from hasten.cache.engine.work import example_call
 from hasten.core.expression import load_recipe
+from hasten.core.files import atomic_write_text
 from hasten.core.session import accelerate
 from hasten.core.target import Denoiser, Target, find_released
 from hasten.core.workload import Workload
@@ -79,25 +82,40 @@ def drawn(value: Any, device: str, generator: torch.Generator) -> Any:
     return torch.randn(value.shape, device=device, generator=generator).to(value.dtype)
 
 
+@dataclass(frozen=True)
+class Call:
+    """Milliseconds of one denoiser call: on the GPU, between two events, and of Python until it returned."""
+
+    gpu: float
+    host: float
+
+
 @torch.no_grad()
-def request(pipeline: Pipeline, arguments: dict[str, Any], steps: int) -> tuple[list[float], float]:
-    """One request; returns milliseconds of each denoiser call, and seconds of all."""
+def request(pipeline: Pipeline, arguments: dict[str, Any], steps: int) -> list[Call]:
+    """One request as a pipeline makes it: the timesteps lie on the GPU, and nothing waits for it."""
     spec = Target.of(pipeline).denoisers[0].spec
-    pipeline.scheduler.set_timesteps(steps)
-    spans: list[tuple[Any, Any]] = []
-    picture, began = torch.zeros(1, 4), time.perf_counter()
+    pipeline.scheduler.set_timesteps(steps, device="cuda")
+    spans: list[tuple[Any, Any, float]] = []
+    picture = torch.zeros(1, 4, device="cuda")
     torch.cuda.synchronize()
     for timestep in pipeline.scheduler.timesteps:
         like = arguments[spec.timestep]
-        given = arguments | {spec.timestep: (timestep.cuda() / 1000).to(like.dtype).expand(like.shape)}
+        given = arguments | {spec.timestep: (timestep / 1000).to(like.dtype).expand(like.shape)}
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
+        began = time.perf_counter()
         pipeline.denoiser(**given, return_dict=False)
+        host = time.perf_counter() - began
         last.record()
-        spans.append((first, last))
+        spans.append((first, last, 1000 * host))
         pipeline.scheduler.step(picture, timestep, picture)
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in spans], time.perf_counter() - began
+    return [Call(first.elapsed_time(last), host) for first, last, host in spans]
+
+
+def typical(calls: list[Call]) -> float | None:
+    """Median milliseconds on the GPU."""
+    return statistics.median(call.gpu for call in calls) if calls else None
 
 
 def measured(pipeline: Pipeline, arguments: dict[str, Any], recipe: str, steps: int, compiled: bool) -> dict[str, Any]:
@@ -105,24 +123,25 @@ def measured(pipeline: Pipeline, arguments: dict[str, Any], recipe: str, steps: 
     parts = [part for part in (recipe, "CompileBlocks()" if compiled else "") if part]
     row: dict[str, Any] = {"recipe": recipe or "plain", "compiled": compiled}
     if not parts:
-        times = [t for _ in range(2) for t in request(pipeline, arguments, steps)[0]]
-        return row | {"computed_ms": statistics.median(times[1:])}
+        calls = [call for _ in range(2) for call in request(pipeline, arguments, steps)]
+        return row | {"computed_ms": typical(calls[1:])}
     with accelerate(pipeline, load_recipe(" | ".join(parts))) as session:
         request(pipeline, arguments, steps)
         request(pipeline, arguments, steps)
-        computed: list[float] = []
-        reused: list[float] = []
+        computed: list[Call] = []
+        reused: list[Call] = []
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
-            times, _ = request(pipeline, arguments, steps)
+            calls = request(pipeline, arguments, steps)
             (full, *_) = [*step_maps(session), (True,) * steps]
-            for flag, value in zip(full, times, strict=True):
-                (computed if flag else reused).append(value)
+            for flag, call in zip(full, calls, strict=True):
+                (computed if flag else reused).append(call)
         row |= {"evidence": [e.summary for e in session.evidence().values()]}
     row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     return row | {
-        "computed_ms": statistics.median(computed) if computed else None,
-        "reused_ms": statistics.median(reused) if reused else None,
+        "computed_ms": typical(computed),
+        "reused_ms": typical(reused),
+        "reused_host_ms": statistics.median(call.host for call in reused) if reused else None,
         "reused_calls": len(reused),
     }
 
@@ -150,17 +169,13 @@ def only(pipeline: Pipeline, blocks: int) -> Iterator[None]:
             setattr(module, path, modules)
 
 
-def unavoidable(pipeline: Pipeline, arguments: dict[str, Any], blocks: int, compiled: bool) -> float:
+def unavoidable(pipeline: Pipeline, arguments: dict[str, Any], blocks: int, compiled: bool) -> float | None:
     """Milliseconds of a call with the first blocks alone."""
-    with only(pipeline, blocks):
-        if not compiled:
-            request(pipeline, arguments, 4)
-            return statistics.median(request(pipeline, arguments, 12)[0])
-        if not blocks:
-            return statistics.median(request(pipeline, arguments, 12)[0])
-        with accelerate(pipeline, load_recipe("CompileBlocks()")):
-            request(pipeline, arguments, 4)
-            return statistics.median(request(pipeline, arguments, 12)[0])
+    with only(pipeline, blocks), ExitStack() as stack:
+        if compiled and blocks:
+            stack.enter_context(accelerate(pipeline, load_recipe("CompileBlocks()")))
+        request(pipeline, arguments, 4)
+        return typical(request(pipeline, arguments, 12))
 
 
 def peer_cache_dit(name: str, steps: int) -> dict[str, Any]:
@@ -184,8 +199,9 @@ def peer_cache_dit(name: str, steps: int) -> dict[str, Any]:
         ),
     )
     request(pipeline, arguments, steps)
-    times, _ = request(pipeline, arguments, steps)
-    return {"recipe": "cache-dit DBCache F1B0", "compiled": False, "reused_ms": statistics.median(times[4:])}
+    calls = request(pipeline, arguments, steps)[4:]
+    host = statistics.median(call.host for call in calls)
+    return {"recipe": "cache-dit DBCache F1B0", "compiled": False, "reused_ms": typical(calls), "reused_host_ms": host}
 
 
 def guarded(work: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
@@ -196,37 +212,51 @@ def guarded(work: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
         return {"recipe": label, "error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
+class Rows:
+    """Finished rows; each is printed and the file written anew at once, so that a time limit loses nothing."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path, self.rows = path, list[dict[str, Any]]()
+        self.head = {"model": model, "environment": environment(torch.device("cuda"))}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        atomic_write_text(self.path, json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
+
+
+def measure_all(options: argparse.Namespace, compiled: bool, rows: Rows) -> None:
+    """Every recipe, then the blocks alone, on one fresh model."""
+    pipeline, arguments = build(options.model, "cuda")
+    for recipe in options.recipes if not compiled else options.compiled_recipes:
+        rows.add(guarded(lambda r=recipe: measured(pipeline, arguments, r, options.steps, compiled), recipe or "plain"))
+    for blocks in (0, 1, 8):
+        with suppress(Exception):
+            spent = unavoidable(pipeline, arguments, blocks, compiled)
+            rows.add({"recipe": f"first {blocks} blocks alone", "compiled": compiled, "computed_ms": spent})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="FLUX.1-dev")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--compiled-recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("overhead.json"))
     options = parser.parse_args()
-    pipeline, arguments = build(options.model, "cuda")
-    rows: list[dict[str, Any]] = []
-    for compiled in (False,) if options.no_compile else (False, True):
-        for recipe in options.recipes:
-            row = guarded(
-                lambda r=recipe, c=compiled: measured(pipeline, arguments, r, options.steps, c), recipe or "plain"
-            )
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-        for blocks in (0, 1, 8):
-            with suppress(Exception):
-                spent = unavoidable(pipeline, arguments, blocks, compiled)
-                rows.append({"recipe": f"first {blocks} blocks alone", "compiled": compiled, "computed_ms": spent})
-                print(json.dumps(rows[-1]), flush=True)
+    rows = Rows(options.out, options.model)
+    measure_all(options, False, rows)
+    gc.collect()
+    torch.cuda.empty_cache()
     if options.peers:
-        del pipeline
+        rows.add(guarded(lambda: peer_cache_dit(options.model, options.steps), "cache-dit DBCache F1B0"))
         gc.collect()
         torch.cuda.empty_cache()
-        rows.append(guarded(lambda: peer_cache_dit(options.model, options.steps), "cache-dit DBCache F1B0"))
-        print(json.dumps(rows[-1]), flush=True)
-    facts = environment(torch.device("cuda"))
-    options.out.write_text(json.dumps({"model": options.model, "environment": facts, "rows": rows}, indent=1) + "\n")
+    if not options.no_compile:
+        measure_all(options, True, rows)
 
 
 if __name__ == "__main__":
