@@ -16,7 +16,7 @@ from hasten.measure.rendering import render
 from hasten.models import load
 from hasten.search.calibrate import calibrate_plan
 from hasten.search.plan_runs import psnr
-from hasten.search.plan_table import plan_table
+from hasten.search.plan_table import plan_table, solver_answers
 from hasten.search.shortlist import budgets
 
 STEPS = 8
@@ -68,6 +68,17 @@ def test_the_file_holds_a_plan_for_every_budget_and_measured_ones_for_some(made:
     assert found.plain_seconds
     assert found.key.guidance == 3.0
     assert str(budgets(STEPS)[0]) in [str(cell) for cell in plan_table(found).columns[0].cells]
+
+
+def test_a_solver_that_came_nearer_is_named_with_its_noise_levels(made: tuple[PlanFile, Path]) -> None:
+    found, _ = made
+    answer = next(answer for answer in found.solvers if answer.measured_psnr is not None)
+    better = answer.model_copy(update={"measured_psnr": 99.0})
+    worse = answer.model_copy(update={"measured_psnr": 1.0})
+    (sentence,) = solver_answers(found.model_copy(update={"solvers": (better,)}))
+    assert sentence.startswith(f"{answer.steps} full steps: {answer.steps} steps of DPM-Solver++(2M) come nearer, 99.0")
+    assert len(sentence.partition("levels: ")[2].split()) == answer.steps + 1
+    assert solver_answers(found.model_copy(update={"solvers": (worse,)})) == []
 
 
 def test_what_was_measured_comes_out_again(model: Any, made: tuple[PlanFile, Path]) -> None:

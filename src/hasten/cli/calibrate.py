@@ -62,7 +62,7 @@ def _plan(job: Job, purpose: str) -> None:
     from hasten.core.expression import load_recipe
     from hasten.measure.progress import OnTerminal
     from hasten.search.calibrate import GOALS, calibrate_plan
-    from hasten.search.plan_table import plan_table
+    from hasten.search.plan_table import plan_table, solver_answers
 
     if job.goal not in GOALS:
         raise UnknownName("goal of a plan", job.goal, GOALS)
@@ -72,6 +72,8 @@ def _plan(job: Job, purpose: str) -> None:
             job.model, job.workload, goal=GOALS[job.goal], recipe=recipe, file=job.file, progress=progress
         )  # fmt: skip
     out.print(plan_table(found))
+    for answer in solver_answers(found):
+        out.print(answer, highlight=False, markup=False, soft_wrap=True)
     out.print(f"Use it with -r 'PlannedCache(plan=\"{job.file}\", speedup=2)'", highlight=False, soft_wrap=True)
 
 
