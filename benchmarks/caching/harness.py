@@ -98,7 +98,7 @@ def measured(bench: Bench, method: Method, setting: Setting, key: str) -> dict[s
     """A finished row: counts, times and both distances for each evaluation prompt. Pictures go to the cache."""
     bench.on_device()
     complete = _complete(bench)
-    plain = _timed(bench, bench.evaluation[0], setting.steps)[1:]
+    plain = timed(bench, bench.evaluation[0], setting.steps)[1:]
     work, pictures = Work(), list[Tensor]()
     wall, cpu, counts = list[float](), list[float](), list[list[int]]()
     with ExitStack() as stack:
@@ -107,7 +107,7 @@ def measured(bench: Bench, method: Method, setting: Setting, key: str) -> dict[s
         stack.enter_context(method.prepare(bench.pipeline, setting))
         set_up = time.perf_counter() - began
         for pair in bench.evaluation:
-            image, seconds, processor = _timed(bench, pair, setting.run_steps)
+            image, seconds, processor = timed(bench, pair, setting.run_steps)
             pictures.append(image)
             wall.append(seconds)
             cpu.append(processor)
@@ -134,7 +134,7 @@ def measured(bench: Bench, method: Method, setting: Setting, key: str) -> dict[s
     }
 
 
-def _timed(bench: Bench, pair: Pair, steps: int) -> tuple[Tensor, float, float]:
+def timed(bench: Bench, pair: Pair, steps: int) -> tuple[Tensor, float, float]:
     """A picture, its wall-clock seconds and the processor seconds of this process."""
     device = torch.device(bench.device)
     synchronize(device)

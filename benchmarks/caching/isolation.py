@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class RowFailed(Exception):
@@ -31,6 +35,17 @@ def isolated(function: Callable[..., Any], *args: Any) -> Any:
     if "error" in outcome:
         raise RowFailed(outcome["error"])
     return outcome["result"]
+
+
+def spread(function: Callable[[Any], Tensor], items: Sequence[Any], jobs: int) -> list[Tensor]:
+    """The function's tensor for each item, computed by forked copies of this process side by side."""
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=None) as pool:
+        found = pool.map(partial(_as_array, function), items, chunksize=1)
+    return [torch.from_numpy(array) for array in found]
+
+
+def _as_array(function: Callable[[Any], Tensor], item: Any) -> Any:
+    return function(item).numpy()
 
 
 def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

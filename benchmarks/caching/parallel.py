@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from baselines import baselines
+from methods import Search
 from ours import ours
 from peers import peers
 from run import MODELS, slug
@@ -32,9 +33,11 @@ Shard = tuple[str, int, str]
 
 
 def shards(models: Sequence[str], steps: Sequence[int]) -> list[Shard]:
-    """One for each method; those that read calibrated data come last, so that it may be made meanwhile."""
+    """One for each method: long ones first, those that read calibrated data last, which may be made meanwhile."""
     methods = [*baselines(), *ours(), *peers()]
-    wanted = product(steps, sorted(methods, key=lambda m: m.name in CALIBRATED), models)
+    last = [m for m in methods if m.name in CALIBRATED]
+    first = sorted((m for m in methods if m not in last), key=lambda m: not isinstance(m.tune, Search))
+    wanted = [*product(steps, first, models), *product(steps, last, models)]
     return [(model, count, f"{m.kind} {m.name}") for count, m, model in wanted if m.fits(model)]
 
 
@@ -42,7 +45,8 @@ def run(model: str, steps: int, only: str, out: Path, options: argparse.Namespac
     """One process of run.py; its output goes to a log beside its results."""
     out.mkdir(parents=True, exist_ok=True)
     arguments = [f"--model={model}", f"--steps={steps}", f"--only={only}", f"--out={out}", f"--device={options.device}"]
-    command = [sys.executable, "-W", "ignore", str(HERE / "run.py"), *arguments, f"--prompts={options.prompts}"]
+    arguments += [f"--prompts={options.prompts}", f"--jobs={max(1, options.jobs // 6)}"]
+    command = [sys.executable, "-W", "ignore", str(HERE / "run.py"), *arguments]
     with (out / "log.txt").open("a") as log:
         return subprocess.run(command, stdout=log, stderr=log, check=False, env=environ()).returncode
 
@@ -74,6 +78,26 @@ def merged(options: argparse.Namespace, models: Sequence[str], steps: Sequence[i
             atomic_write_text(target, json_text({**content, "rows": rows}))
 
 
+def run_all(options: argparse.Namespace, models: Sequence[str], steps: Sequence[int]) -> None:
+    """The references of each model and step count first, its shards as soon as they are there."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        base = {(m, n): pool.submit(base_of, m, n, options) for n, m in product(steps, models)}
+
+        def work(shard: Shard) -> None:
+            base[shard[:2]].result()
+            if time.monotonic() - began < options.minutes * 60:
+                run(*shard, prepared(shard, options), options)
+                print(f"{time.monotonic() - began:6.0f} s {shard}", flush=True)
+
+        list(pool.map(work, shards(models, steps)))
+
+
+def base_of(model: str, steps: int, options: argparse.Namespace) -> int:
+    """Make the plain and the converged pictures."""
+    return run(model, steps, "no method has this name", options.out / "base" / f"{model}-{steps}", options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -82,19 +106,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, action="append")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--merge", action="store_true", help="only put together what earlier runs have finished")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further process after so long")
     options = parser.parse_args()
-    models, steps, began = options.model or list(MODELS), options.steps or [28, 50], time.monotonic()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        base = [(m, n, options.out / "base" / f"{m}-{n}") for m, n in product(models, steps)]
-        list(pool.map(lambda job: run(job[0], job[1], "no method has this name", job[2], options), base))
-
-        def work(shard: Shard) -> None:
-            if time.monotonic() - began < options.minutes * 60:
-                run(*shard, prepared(shard, options), options)
-                print(f"{time.monotonic() - began:6.0f} s {shard}", flush=True)
-
-        list(pool.map(work, shards(models, steps)))
+    models, steps = options.model or list(MODELS), options.steps or [28, 50]
+    if not options.merge:
+        run_all(options, models, steps)
     merged(options, models, steps)
 
 

@@ -53,8 +53,11 @@ def main() -> None:
     parser.add_argument("--article-prompts", type=int, default=8, help="250 steps take long")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--case", action="append", metavar="MODEL-STEPS", help="only this case; may be repeated")
     options = parser.parse_args()
     for model, steps, technique in (*CASES, ARTICLE):
+        if options.case and f"{model}-{steps}" not in options.case:
+            continue
         long = steps == ARTICLE[1]
         bench = open_bench(model, options)
         if long:

@@ -22,9 +22,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one model and step count."""
+    """The rows of one model and step count, and what times.py found for them on idle machines, by kind of device."""
 
     content: dict[str, Any]
+    times: dict[str, dict[str, Any]]
 
     @property
     def title(self) -> str:
@@ -55,15 +56,26 @@ class Table:
 def load_tables(folder: Path) -> list[Table]:
     """All results that have a plain row, models and steps in order."""
     order = {"emoji-flux": 0, "emoji-sd": 1, "emoji-dit": 2}
-    tables = [Table(cast("dict[str, Any]", read_json(path))) for path in folder.glob("emoji-*-[0-9]*.json")]
+    tables = [
+        Table(cast("dict[str, Any]", read_json(path)), times_beside(path))
+        for path in folder.glob("emoji-*-[0-9]*.json")
+    ]
     ready = [table for table in tables if "plain" in table.content["rows"]]
     return sorted(ready, key=lambda table: (order.get(table.content["model"], 9), table.content["steps"]))
 
 
+def times_beside(path: Path) -> dict[str, dict[str, Any]]:
+    """The files of times.py that belong to a results file, by "cpu" and "cuda"; none if they are of other weights."""
+    found = {file.stem.rpartition("-")[2]: file for file in (path.parent / "times").glob(f"{path.stem}-*.json")}
+    contents = {kind: cast("dict[str, Any]", read_json(file)) for kind, file in found.items()}
+    weights = cast("dict[str, Any]", read_json(path))["weights"]
+    return {kind: content for kind, content in contents.items() if content["weights"] == weights}
+
+
 HEADER = (
-    "| row | full / partly / left out | work | CPU s | wall s (plain meanwhile) "
+    "| row | full / partly / left out | work | processor s | CPU s | GPU s "
     "| PSNR to plain | vs best solver | SSIM | LPIPS | PSNR to converged | alignment |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -80,32 +92,39 @@ def section(table: Table) -> str:
     for fraction in FRACTIONS:
         lines += [f"### 1/{fraction}: {table.content['steps'] // fraction} full steps", "", HEADER]
         best = table.best_solver(fraction)
-        lines += [line(row, best, plain) for row in table.at(fraction) if row["status"] == "ok"]
+        lines += [line(row, best, table) for row in table.at(fraction) if row["status"] == "ok"]
         lines += [""]
     return "\n".join([*lines, failures(table)])
 
 
-def line(row: Row, best: Row | None, plain: Row) -> str:
+def line(row: Row, best: Row | None, table: Table) -> str:
     """One row of a table."""
     psnr = row["to_plain"]["psnr"]
     steps = " / ".join(f"{row[name]:.1f}" for name in ("full_steps", "partial_steps", "left_out_steps"))
-    seconds, processor = row["seconds"], row["cpu_seconds"]
+    processor = row["cpu_seconds"]
     versus = "-" if best is None or best is row else signed(difference(psnr, best["to_plain"]["psnr"]).text(1))
-    name = row["name"] + (" †" if "machine" in row else "")
     cells = [
-        f"**{name}**" if best is row else name,
+        f"**{row['name']}**" if best is row else row["name"],
         steps,
         f"{100 * row['work']:.0f} %",
         f"{processor['median']:.2f} ({processor['plain_meanwhile'] / processor['median']:.1f}x)",
-        f"{seconds['median']:.2f} ({seconds['plain_meanwhile']:.2f})",
+        *(clocked(row, table, kind) for kind in ("cpu", "cuda")),
         estimate(psnr).text(1),
         versus,
         f"{estimate(row['to_plain']['ssim']).mean:.3f}",
         estimate(row["to_plain"]["lpips"]).text(3),
         estimate(row["to_converged"]["psnr"]).text(1),
-        aligned(row, plain),
+        aligned(row, table.plain),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def clocked(row: Row, table: Table, kind: str) -> str:
+    """Wall-clock seconds on an idle device, and the speed-up over the plain pictures made around that row."""
+    rows = table.times.get(kind, {}).get("rows", {})
+    key = next(key for key, other in table.content["rows"].items() if other is row)
+    found = rows.get(key, {})
+    return f"{found['seconds']:.2f} ({found['plain'] / found['seconds']:.1f}x)" if "seconds" in found else "-"
 
 
 def aligned(row: Row, plain: Row) -> str:

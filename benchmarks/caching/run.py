@@ -16,17 +16,19 @@ import re
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from baselines import CONVERGED_STEPS, PLAIN, baselines, solve
-from harness import Bench, calibrated, measured, save_pictures, values_for
-from isolation import RowFailed, isolated
+from harness import Bench, Pair, calibrated, measured, save_pictures, values_for
+from isolation import RowFailed, isolated, spread
 from methods import Method, Setting
 from ours import method_of, ours
 from peers import peers
 from references import folder_name, read_pictures
+from torch import Tensor
 
 import hasten
 from hasten.core.files import atomic_write_text, json_text, read_json
@@ -102,18 +104,23 @@ def weights_of(model: str) -> str:
 
 def header_of(bench: Bench, steps: int) -> dict[str, Any]:
     """What all rows of a file have in common."""
-    facts = environment(torch.device(bench.device))
+    facts = dict(isolated(facts_of, bench.device))
     facts |= {name: installed(name) for name in ("cache-dit", "DeepCache")}
     facts |= {"date": time.strftime("%Y-%m-%d"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
     names = {"model": bench.model, "weights": weights_of(bench.model), "guidance": bench.workload.guidance}
     return names | {"steps": steps} | {"prompts": len(bench.evaluation), "environment": facts}
 
 
+def facts_of(device: str) -> dict[str, Any]:
+    """Versions and machine; in a child process, since asking a GPU for its name would break later forks."""
+    return environment(torch.device(device))
+
+
 def run_model(bench: Bench, steps: int, options: argparse.Namespace) -> None:
     """Every row of a model at a step count."""
     path = options.out / "results" / f"{bench.model}-{steps}.json"
     results = Results.open(path, header_of(bench, steps))
-    make_references(bench, steps, results)
+    make_references(bench, steps, results, options.jobs)
     for method in chosen(options):
         if method.fits(bench.model):
             if options.again:
@@ -128,24 +135,23 @@ def chosen(options: argparse.Namespace) -> list[Method]:
     return [method for method in every if options.only.lower() in f"{method.kind} {method.name}".lower()]
 
 
-def make_references(bench: Bench, steps: int, results: Results) -> None:
+def make_references(bench: Bench, steps: int, results: Results, jobs: int = 1) -> None:
     """The converged pictures and the plain ones, unless they are there."""
     if read_pictures(bench.cache / "converged") is None:
         say(bench, "converged sampler")
-        isolated(converge, bench)
+        images = spread(partial(converged, bench), bench.evaluation, jobs)
+        save_pictures(bench.cache / "converged", torch.stack(images), exact=True)
     if not results.has("plain") or read_pictures(bench.cache / f"plain-{steps}") is None:
         say(bench, f"plain, {steps} steps")
         row = isolated(measured, bench, PLAIN, Setting(steps, steps), f"plain-{steps}")
         results.add("plain", describe(PLAIN, Setting(steps, steps)) | row)
 
 
-def converge(bench: Bench) -> bool:
+def converged(bench: Bench, pair: Pair) -> Tensor:
     """What the sampler tends to: many steps of a second-order solver."""
     bench.on_device()
     with solve(bench.pipeline, Setting(CONVERGED_STEPS, CONVERGED_STEPS), solver="dpm++"):
-        images = [bench.picture(pair, CONVERGED_STEPS) for pair in bench.evaluation]
-    save_pictures(bench.cache / "converged", torch.stack(images), exact=True)
-    return True
+        return bench.picture(pair, CONVERGED_STEPS).cpu()
 
 
 def run_method(bench: Bench, method: Method, steps: int, results: Results) -> None:
@@ -221,6 +227,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure the chosen rows again")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the converged pictures")
     return parser.parse_args()
 
 
