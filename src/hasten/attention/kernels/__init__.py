@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch.nn.attention import SDPBackend
 
-from hasten.attention.kernels import builtin, flash
+from hasten.attention.kernels import builtin
+from hasten.attention.kernels import flash_attention as flash
 from hasten.attention.kernels.base import HALF, AttentionKernel
-from hasten.attention.kernels.flex import flex
+from hasten.attention.kernels.flex_attention import flex
 from hasten.attention.kernels.float8 import float8_reference
-from hasten.attention.kernels.sage import SAGE, sage
+from hasten.attention.kernels.sage_attention import SAGE, sage
 from hasten.attention.kernels.xformers_operator import XFORMERS, no_operator, xformers
 from hasten.core.errors import UnknownName
 

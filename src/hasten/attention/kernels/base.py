@@ -70,6 +70,8 @@ class AttentionKernel:
             key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
         if bias is None:
             return self.run(query, key, value, None, dropout, scale)
+        if isinstance(bias, torch.Tensor) and bias.dim() in (1, 3):  # PyTorch's kernels take 2 or 4 dimensions
+            bias = bias[(None,) * (4 - bias.dim())]
         return reduced(self.run, "BlockDiagonal" in self.native(query.device))(query, key, value, bias, dropout, scale)
 
     def native(self, device: torch.device) -> frozenset[str]:

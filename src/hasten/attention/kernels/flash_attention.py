@@ -79,6 +79,8 @@ def flash3_float8(
     """FlashAttention 3 on float8 numbers, with one scale for each sample and key head."""
     groups = key.shape[1]
     parts, scales = zip(*(quantized(part, groups) for part in (query, key, value)), strict=True)
+    if isinstance(bias, BlockDiagonal):  # there each sequence has its scales
+        scales = tuple(one.repeat_interleave(len(bias.lengths), 0) for one in scales)
     asked: dict[str, Any] = {"softmax_scale": scale}
     asked |= dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
     return _call(FLASH3, *parts, bias, asked, -1).to(query.dtype)
