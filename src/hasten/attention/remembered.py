@@ -53,9 +53,15 @@ def recall(asked: str, call: AttentionCall) -> Choice | None:
     entry = _entries().get(_key(asked, call))
     try:
         found = cast("dict[str, Any]", entry)
-        return Choice(str(found["kernel"]), tuple(Trial(**trial) for trial in found["trials"]), recalled=True)
-    except (KeyError, TypeError):
+        return Choice(str(found["kernel"]), tuple(map(_trial, found["trials"])), recalled=True)
+    except (KeyError, TypeError, ValueError):
         return None
+
+
+def _trial(read: Mapping[str, Any]) -> Trial:
+    time, error, problem = (read.get(name) for name in ("milliseconds", "error", "problem"))
+    numbers = [None if number is None else float(number) for number in (time, error)]
+    return Trial(str(read["kernel"]), *numbers, None if problem is None else str(problem))
 
 
 def keep(asked: str, call: AttentionCall, choice: Choice) -> None:
@@ -73,8 +79,8 @@ def _entries() -> Mapping[str, object]:
     try:
         content = read_json(place()) if place().exists() else {}
         found = cast("dict[str, Any]", content)
-        return found["choices"] if found.get("format") == _FORMAT else {}
-    except (HastenError, AttributeError, KeyError) as error:
+        return dict(found["choices"]) if found.get("format") == _FORMAT else {}
+    except (HastenError, AttributeError, KeyError, TypeError, ValueError) as error:
         warnings.warn(f"{place()} is not read, and will be written anew: {error}", stacklevel=2)
         return {}
 

@@ -104,4 +104,4 @@ def mismatch() -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return in_words(type(error)(str(error).partition("\n")[0])) if str(error) else in_words(error)
+    return in_words(type(error)(str(error).partition("\n")[0].removesuffix(" with inputs:"))) if str(error) else in_words(error)
