@@ -7,5 +7,6 @@ from hasten.attention.bias import LowerTriangular as LowerTriangular
 from hasten.attention.bias import LowerTriangularFromBottomRight as LowerTriangularFromBottomRight
 from hasten.attention.eight_bit import EightBitAttention
 from hasten.attention.function import attend as attend
+from hasten.attention.fused_qkv import FusedQKV
 
-__all__ = ["AttentionBackend", "EightBitAttention"]
+__all__ = ["AttentionBackend", "EightBitAttention", "FusedQKV"]
