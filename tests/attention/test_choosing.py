@@ -113,9 +113,17 @@ def test_a_remembered_kernel_that_is_gone_is_not_used(kernels: Kernels, monkeypa
     assert choice(*tensors()).kernel == "flash"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1, "choices": []}', '{"format": 99, "choices": {}}',
-                                     '{"format": 1, "choices": {"KEY": {"kernel": 3}}}',
-                                     '{"format": 1, "choices": {"KEY": {"kernel": "math", "trials": [{}]}}}'])  # fmt: skip
+DAMAGED = (
+    "{",
+    "[]",
+    '{"format": 1, "choices": []}',
+    '{"format": 99, "choices": {}}',
+    '{"format": 1, "choices": {"KEY": {"kernel": 3}}}',
+    '{"format": 1, "choices": {"KEY": {"kernel": "math", "trials": [{}]}}}',
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 @pytest.mark.filterwarnings("ignore:.*is not read")
 def test_a_damaged_file_is_measured_over(kernels: Kernels, content: str) -> None:
     q, k, v = tensors()

@@ -65,7 +65,7 @@ def test_flash_packages_get_every_description_without_a_matrix(
     bias, queries, keys = CASES[case]
     q, k, v = tensors(queries, keys, key_heads=2)
     close(reduced(KERNELS[name].run, True)(q, k, v, bias, 0.0, None), expected(q, k, v, bias))
-    assert [kind for kind, _ in stand_in.seen][0] == ("varlen" if case == "blocks" else "dense")
+    assert stand_in.seen[0][0] == ("varlen" if case == "blocks" else "dense")
 
 
 def test_flash2_passes_dropout_and_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +77,7 @@ def test_flash2_passes_dropout_and_scale(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float8_flash_gets_numbers_and_scales_that_belong_together(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float8_flash_gets_numbers_and_scales_that_belong_together(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = FlashPackage(3)
     provide(monkeypatch, "fa3_fwd_interface", stand_in)
     bias, queries, keys = CASES[case]
@@ -170,8 +168,10 @@ class Sage:
     def __init__(self, version: str) -> None:
         self.first = version.startswith("1.")
 
-    def sageattn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND",
-                 is_causal: bool = False, sm_scale: float | None = None, smooth_k: bool = True) -> torch.Tensor:  # fmt: skip
+    def sageattn(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND",
+        is_causal: bool = False, sm_scale: float | None = None, smooth_k: bool = True,
+    ) -> torch.Tensor:  # fmt: skip
         assert tensor_layout == "HND"
         assert q.shape[-1] in ((64, 96, 128) if self.first else (64, 128))
         assert q.shape[2] == k.shape[2] or not is_causal
@@ -185,7 +185,7 @@ class Sage:
 @pytest.mark.parametrize("size", [40, 64, 96, 128])
 def test_sage_leaves_the_keys_alone(version: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     provide(monkeypatch, "sageattention", Sage(version))
-    monkeypatch.setattr(sage_attention, "installed_version", lambda name: version)  # pyright: ignore
+    monkeypatch.setattr(sage_attention, "installed", lambda name: version)  # pyright: ignore
     for bias, keys in ((None, 13), (LowerTriangular(), 9)):
         q, k, v = tensors(9, keys, size=size)
         kept = k.clone()

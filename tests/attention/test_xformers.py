@@ -88,7 +88,9 @@ def test_a_wheel_for_another_pytorch_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert mismatch() == "xformers 0.0.35 is built for torch 2.10.0+cu128, and here is torch 2.11.0+cu130"
 
     def none_found(inp: Any, needs_gradient: bool) -> Any:
-        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\n  query: ...")
+        raise NotImplementedError(
+            "No operator found for `memory_efficient_attention_forward` with inputs:\n  query: ..."
+        )
 
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, dtype: zeros(*shape, dtype=dtype))  # pyright: ignore

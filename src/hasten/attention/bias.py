@@ -66,7 +66,9 @@ class BlockDiagonal:
         object.__setattr__(self, "lengths", tuple(lengths))
         object.__setattr__(self, "key_lengths", tuple(key_lengths or ()) or self.lengths)
         if len(self.lengths) != len(self.key_lengths):
-            raise HastenError(f"BlockDiagonal: {len(self.lengths)} lengths of queries, {len(self.key_lengths)} of keys.")
+            raise HastenError(
+                f"BlockDiagonal: {len(self.lengths)} lengths of queries, {len(self.key_lengths)} of keys."
+            )
         if not self.lengths or min(*self.lengths, *self.key_lengths) < 1:
             raise HastenError("BlockDiagonal: every sequence needs a query and a key.")
 

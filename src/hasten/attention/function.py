@@ -10,6 +10,7 @@ from hasten.attention.kernels import KERNELS
 from hasten.attention.operator import attention
 from hasten.core.errors import HastenError, UnknownName
 
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Bias | None = None, dropout: float = 0.0,
     scale: float | None = None, backend: str | None = None,

@@ -13,9 +13,9 @@ import torch
 
 from hasten.attention.call import AttentionCall
 from hasten.attention.kernels import KERNELS
-from hasten.attention.kernels.packages import installed_version
 from hasten.core.errors import HastenError
 from hasten.core.files import atomic_write_text, json_text, read_json
+from hasten.core.packages import installed
 from hasten.core.user_cache import user_cache
 
 _FORMAT = 1
@@ -100,5 +100,5 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def _versions() -> str:
     packages = dict.fromkeys(entry.package.distribution for entry in KERNELS.values() if entry.package)
-    found = [f"{name} {version}" for name in packages if (version := installed_version(name))]
+    found = [f"{name} {version}" for name in packages if (version := installed(name))]
     return ", ".join([f"torch {torch.__version__}", *found])

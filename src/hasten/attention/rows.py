@@ -43,9 +43,7 @@ def reference(
         return F.scaled_dot_product_attention(near, far, values, mask, scale=scale)
 
 
-def _mask(
-    bias: Bias | None, rows: torch.Tensor, queries: int, keys: int, exact: torch.dtype
-) -> torch.Tensor | None:
+def _mask(bias: Bias | None, rows: torch.Tensor, queries: int, keys: int, exact: torch.dtype) -> torch.Tensor | None:
     if bias is None:
         return None
     if not isinstance(bias, torch.Tensor):

@@ -6,6 +6,7 @@ the flash and efficient kernels are called through the operators that it uses it
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -43,9 +44,7 @@ def sdpa(backend: SDPBackend) -> Run:
         with sdpa_kernel(choices):
             given: tuple[Any, ...] = (query, key, value, mask, dropout, causal)
             try:
-                return F.scaled_dot_product_attention(
-                    *given, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-                )
+                return F.scaled_dot_product_attention(*given, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
             except RuntimeError as error:
                 if "No available kernel" not in str(error):
                     raise
@@ -64,10 +63,8 @@ def _why(backend: SDPBackend, given: tuple[Any, ...], scale: float | None) -> st
     """PyTorch says its reasons as warnings while it fails, so it fails once more while they are caught."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
+        with contextlib.suppress(RuntimeError):
             F.scaled_dot_product_attention(*given, scale=scale, enable_gqa=given[0].shape[1] != given[1].shape[1])
-        except RuntimeError:
-            pass
     said = " ".join(str(one.message).partition(" (Triggered")[0] for one in caught)
     shapes = ", ".join("x".join(map(str, part.shape)) for part in given[:3])
     return f"PyTorch's {backend.name} kernel does not take attention on {shapes}. {said}".strip()

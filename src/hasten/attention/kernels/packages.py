@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 from hasten.core.diagnosis import Obstacle, in_words
+from hasten.core.packages import installed, numbers
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,6 @@ class Package:
     """The function that must be there; an older release may lack it."""
     least: str = ""
     """The oldest usable version."""
-
-
-def installed_version(distribution: str) -> str:
-    """The version of an installed distribution, or an empty text."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""
 
 
 @functools.cache
@@ -57,8 +48,8 @@ def package_obstacle(kernel: str, package: Package) -> Obstacle | None:
     """Say that the package is missing, too old or does not load, or None."""
     if not any(map(_present, package.modules)):
         return Obstacle("missing", f"the {kernel} kernel needs {package.distribution}; install it: {package.install}")
-    found = installed_version(package.distribution)
-    if found and package.least and _numbers(found) < _numbers(package.least):
+    found = installed(package.distribution)
+    if found and package.least and numbers(found) < numbers(package.least):
         return Obstacle(
             "too old",
             f"the {kernel} kernel needs {package.distribution} {package.least} or newer, not {found}: "
@@ -83,7 +74,3 @@ def _present(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except Exception:  # noqa: BLE001 - looking for a part imports its parent, which may raise anything
         return False
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from hasten.attention.bias import Bias, LowerTriangular
-from hasten.attention.kernels.packages import Package, function, installed_version
+from hasten.attention.kernels.packages import Package, function
 from hasten.attention.kernels.tools import padded
+from hasten.core.packages import installed
 
 SAGE = Package("sageattention", ("sageattention",), "pip install sageattention", "sageattn", "1.0.6")
 
@@ -21,7 +22,7 @@ def sage(
     scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """Whichever version is installed; version 1 takes head sizes 64, 96 and 128, version 2 takes 64 and 128."""
-    first = installed_version(SAGE.distribution).startswith("1.")
+    first = installed(SAGE.distribution).startswith("1.")
     run = _first if first else _second
     return padded(run, (64, 96, 128) if first else (64, 128))(query, key, value, bias, dropout, scale)
 

@@ -20,9 +20,10 @@ from hasten.attention.bias import (
     LowerTriangular,
     LowerTriangularFromBottomRight,
 )
-from hasten.attention.kernels.packages import Package, function, installed_version, load
+from hasten.attention.kernels.packages import Package, function, load
 from hasten.attention.kernels.tools import additive, token_major
 from hasten.core.diagnosis import Obstacle, in_words
+from hasten.core.packages import installed
 
 XFORMERS = Package(
     "xformers", ("xformers.ops",), "pip install xformers --no-deps", "memory_efficient_attention", "0.0.28"
@@ -100,8 +101,12 @@ def mismatch() -> str:
     built, here = built_for(), torch.__version__
     if not built or built == here:
         return ""
-    return f"xformers {installed_version('xformers')} is built for torch {built}, and here is torch {here}"
+    return f"xformers {installed('xformers')} is built for torch {built}, and here is torch {here}"
 
 
 def _first_line(error: Exception) -> str:
-    return in_words(type(error)(str(error).partition("\n")[0].removesuffix(" with inputs:"))) if str(error) else in_words(error)
+    return (
+        in_words(type(error)(str(error).partition("\n")[0].removesuffix(" with inputs:")))
+        if str(error)
+        else in_words(error)
+    )
