@@ -124,8 +124,8 @@ class Operators:
             return (varlen(q, k, v, starts, key_starts, scale),)
         assert (longest, longest_key) == (q.shape[1], k.shape[1])
         seen = window(q.shape[1], k.shape[1], window_size_left, window_size_right, causal)
-        parts = (part.transpose(1, 2) for part in (q, k, v))
-        return (dense(*parts, seen, scale).transpose(1, 2),)
+        found = dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, scale)
+        return (found.transpose(1, 2),)
 
     def efficient(self, q: Any, k: Any, v: Any, bias: Any, starts: Any, key_starts: Any, longest: Any,
                   longest_key: Any, dropout: float, kind: int, trained: bool, *, scale: float | None = None,
@@ -138,8 +138,8 @@ class Operators:
             return (varlen(q[0], k[0], v[0], starts, key_starts, scale)[None],)
         assert kind == 2
         seen = window(q.shape[1], k.shape[1], -1 if window_size is None else window_size - 1, -1, True)
-        parts = (part.transpose(1, 2) for part in (q, k, v))
-        return (dense(*parts, seen, scale).transpose(1, 2),)
+        found = dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, scale)
+        return (found.transpose(1, 2),)
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[0] and "top" not in name])
@@ -194,9 +194,9 @@ def test_sage_leaves_the_keys_alone(version: str, size: int, monkeypatch: pytest
 
 
 def call(**changed: Any) -> AttentionCall:
-    facts = {"device": CUDA, "dtype": torch.bfloat16, "batch": 1, "heads": 4, "key_heads": 4, "queries": 8, "keys": 8,
-             "head_size": 64, "value_size": 64}  # fmt: skip
-    return AttentionCall(**(facts | changed))
+    sizes = {"batch": 1, "heads": 4, "key_heads": 4, "queries": 8, "keys": 8, "head_size": 64, "value_size": 64}
+    facts: dict[str, Any] = {"device": CUDA, "dtype": torch.bfloat16, **sizes, **changed}
+    return AttentionCall(**facts)
 
 
 @pytest.fixture

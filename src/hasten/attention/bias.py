@@ -5,7 +5,7 @@ The semantics are those of xFormers' `attn_bias` classes. A query that sees no k
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -83,11 +83,6 @@ Described = LowerTriangular | LowerTriangularFromBottomRight | LocalFromBottomRi
 Bias = Described | torch.Tensor
 """A description, or a tensor that broadcasts to [batch, heads, queries, keys]: added to the scores, or true = seen."""
 
-_KINDS: dict[str, type[Described]] = {
-    kind.__name__: kind
-    for kind in (LowerTriangular, LowerTriangularFromBottomRight, LocalFromBottomRight, BlockDiagonal)
-}
-
 
 def materialize(bias: Described, queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """The description as a boolean matrix [queries, keys], true where the key is seen."""
@@ -109,10 +104,14 @@ def decoded(kind: str, numbers: list[int]) -> Described | None:
     """The inverse of `encoded`."""
     if not kind:
         return None
-    if kind == BlockDiagonal.__name__:
-        half = len(numbers) // 2
-        return BlockDiagonal(numbers[:half], numbers[half:])
-    return _KINDS[kind](*numbers)
+    half = len(numbers) // 2
+    made: dict[str, Callable[[], Described]] = {
+        "LowerTriangular": LowerTriangular,
+        "LowerTriangularFromBottomRight": LowerTriangularFromBottomRight,
+        "LocalFromBottomRight": lambda: LocalFromBottomRight(*numbers),
+        "BlockDiagonal": lambda: BlockDiagonal(numbers[:half], numbers[half:]),
+    }
+    return made[kind]()
 
 
 def check_sizes(bias: Bias | None, queries: int, keys: int) -> None:

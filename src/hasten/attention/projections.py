@@ -109,16 +109,20 @@ def stacked(layers: Sequence[nn.Linear]) -> nn.Linear:
     """One layer whose output is those of `layers` one after the other; missing biases become zeros."""
     first = layers[0]
     size = sum(layer.out_features for layer in layers)
-    made = nn.Linear(first.in_features, size, any(layer.bias is not None for layer in layers), device="meta")
+    made = nn.Linear(first.in_features, size, any(_has_bias(layer) for layer in layers), device="meta")
     learns = first.weight.requires_grad
     made.weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=learns)
-    if made.bias is not None:
+    if _has_bias(made):
         made.bias = nn.Parameter(torch.cat([_bias(layer) for layer in layers]), requires_grad=learns)
     return made.train(first.training)
 
 
 def _bias(layer: nn.Linear) -> torch.Tensor:
-    return layer.weight.data.new_zeros(layer.out_features) if layer.bias is None else layer.bias.data
+    return layer.bias.data if _has_bias(layer) else layer.weight.data.new_zeros(layer.out_features)
+
+
+def _has_bias(layer: nn.Linear) -> bool:
+    return layer._parameters["bias"] is not None
 
 
 def obstacle(layers: Sequence[nn.Module]) -> str | None:
@@ -156,8 +160,8 @@ class Storage:
             new = torch.empty_strided(rows.shape, strides, dtype=rows.dtype, device=rows.device)
             parameter.data = new.copy_(rows)
 
-    def _pairs(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for index, layer in enumerate(self._layers):
             yield layer.weight, self._stack.weight.data[self._group.rows(index)]
-            if layer.bias is not None:
+            if _has_bias(layer):
                 yield layer.bias, self._stack.bias.data[self._group.rows(index)]

@@ -60,8 +60,8 @@ def recall(asked: str, call: AttentionCall) -> Choice | None:
 
 def _trial(read: Mapping[str, Any]) -> Trial:
     time, error, problem = (read.get(name) for name in ("milliseconds", "error", "problem"))
-    numbers = [None if number is None else float(number) for number in (time, error)]
-    return Trial(str(read["kernel"]), *numbers, None if problem is None else str(problem))
+    milliseconds, error = (None if number is None else float(number) for number in (time, error))
+    return Trial(str(read["kernel"]), milliseconds, error, None if problem is None else str(problem))
 
 
 def keep(asked: str, call: AttentionCall, choice: Choice) -> None:

@@ -78,9 +78,12 @@ def flash3_float8(
 ) -> torch.Tensor:  # fmt: skip
     """FlashAttention 3 on float8 numbers, with one scale for each sample and key head."""
     groups = key.shape[1]
-    parts, scales = zip(*(quantized(part, groups) for part in (query, key, value)), strict=True)
+    (query8, query_scale), (key8, key_scale), (value8, value_scale) = (
+        quantized(part, groups) for part in (query, key, value)
+    )
+    scales = [query_scale, key_scale, value_scale]
     if isinstance(bias, BlockDiagonal):  # there each sequence has its scales
-        scales = tuple(one.repeat_interleave(len(bias.lengths), 0) for one in scales)
+        scales = [one.repeat_interleave(len(bias.lengths), 0) for one in scales]
     asked: dict[str, Any] = {"softmax_scale": scale}
     asked |= dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
-    return _call(FLASH3, *parts, bias, asked, -1).to(query.dtype)
+    return _call(FLASH3, query8, key8, value8, bias, asked, -1).to(query.dtype)

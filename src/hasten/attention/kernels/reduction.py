@@ -21,6 +21,7 @@ from hasten.attention.bias import (
 )
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bias | None, float, float | None], torch.Tensor]
+_Simple = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bias | None], torch.Tensor]
 
 
 def reduced(run: Run, takes_blocks: bool) -> Run:
@@ -30,63 +31,58 @@ def reduced(run: Run, takes_blocks: bool) -> Run:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias | None, dropout: float,
         scale: float | None,
     ) -> torch.Tensor:  # fmt: skip
-        part = {LowerTriangular: _from_top_left, LowerTriangularFromBottomRight: _from_bottom_right,
-                LocalFromBottomRight: _local, BlockDiagonal: _whole if takes_blocks else _by_blocks}  # fmt: skip
-        return part.get(type(bias), _whole)(run, query, key, value, bias, dropout, scale)
+        def simple(near: torch.Tensor, far: torch.Tensor, values: torch.Tensor, seen: Bias | None) -> torch.Tensor:
+            return run(near, far, values, seen, dropout, scale)
+
+        match bias:
+            case LowerTriangular():
+                return _from_top_left(simple, query, key, value)
+            case LowerTriangularFromBottomRight():
+                return _from_bottom_right(simple, query, key, value)
+            case LocalFromBottomRight():
+                return _local(simple, query, key, value, bias)
+            case BlockDiagonal() if len(bias.lengths) == 1:
+                return simple(query, key, value, None)
+            case BlockDiagonal() if not takes_blocks:
+                return _by_blocks(simple, query, key, value, bias)
+            case _:
+                return simple(query, key, value, bias)
 
     return attend
 
 
-def _whole(
-    run: Run, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias, *rest: float | None
-) -> torch.Tensor:
-    if isinstance(bias, BlockDiagonal) and len(bias.lengths) == 1:
-        return run(query, key, value, None, *rest)  # pyright: ignore[reportArgumentType]
-    return run(query, key, value, bias, *rest)  # pyright: ignore[reportArgumentType]
-
-
-def _from_top_left(
-    run: Run, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias, *rest: float | None
-) -> torch.Tensor:
+def _from_top_left(run: _Simple, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Keys beyond the last query are never seen; queries beyond the last key see all."""
     queries, keys = query.shape[2], key.shape[2]
     both = min(queries, keys)
-    first = _whole(run, query[:, :, :both], key[:, :, :both], value[:, :, :both], LowerTriangular(), *rest)
+    first = run(query[:, :, :both], key[:, :, :both], value[:, :, :both], LowerTriangular())
     if queries == both:
         return first
-    others = run(query[:, :, both:], key, value, None, *rest)  # pyright: ignore[reportArgumentType]
-    return torch.cat([first, others], 2)
+    return torch.cat([first, run(query[:, :, both:], key, value, None)], 2)
 
 
-def _from_bottom_right(
-    run: Run, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias, *rest: float | None
-) -> torch.Tensor:
+def _from_bottom_right(run: _Simple, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The first queries see nothing where there are more queries than keys."""
     blind = max(0, query.shape[2] - key.shape[2])
     square = query.shape[2] >= key.shape[2]
-    seeing = _whole(run, query[:, :, blind:], key, value, LowerTriangular() if square else bias, *rest)
-    return F.pad(seeing, (0, 0, blind, 0))
+    triangle = LowerTriangular() if square else LowerTriangularFromBottomRight()
+    return F.pad(run(query[:, :, blind:], key, value, triangle), (0, 0, blind, 0))
 
 
 def _local(
-    run: Run, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias, *rest: float | None
+    run: _Simple, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: LocalFromBottomRight
 ) -> torch.Tensor:
     """Cut what no window reaches: the first queries may see nothing, the first keys may not be seen."""
-    assert isinstance(bias, LocalFromBottomRight)
     blind = max(0, query.shape[2] - key.shape[2] - bias.window_right)
     seeing = query[:, :, blind:]
     unseen = max(0, key.shape[2] - seeing.shape[2] - bias.window_left)
     if not seeing.shape[2]:
         return query.new_zeros((*query.shape[:3], value.shape[3]))
-    found = _whole(run, seeing, key[:, :, unseen:], value[:, :, unseen:], bias, *rest)
-    return F.pad(found, (0, 0, blind, 0))
+    return F.pad(run(seeing, key[:, :, unseen:], value[:, :, unseen:], bias), (0, 0, blind, 0))
 
 
 def _by_blocks(
-    run: Run, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias, *rest: float | None
+    run: _Simple, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: BlockDiagonal
 ) -> torch.Tensor:
-    assert isinstance(bias, BlockDiagonal)
-    parts = zip(
-        query.split(bias.lengths, 2), key.split(bias.key_lengths, 2), value.split(bias.key_lengths, 2), strict=True
-    )
-    return torch.cat([run(*part, None, *rest) for part in parts], 2)  # pyright: ignore[reportArgumentType]
+    near, far, values = query.split(bias.lengths, 2), key.split(bias.key_lengths, 2), value.split(bias.key_lengths, 2)
+    return torch.cat([run(*part, None) for part in zip(near, far, values, strict=True)], 2)

@@ -24,8 +24,8 @@ def padded(run: Run, sizes: Sequence[int] | int) -> Run:
         size, wanted = query.shape[3], _fitting(max(query.shape[3], value.shape[3]), sizes)
         if size == wanted == value.shape[3]:
             return run(query, key, value, bias, dropout, scale)
-        parts = [F.pad(part, (0, wanted - part.shape[3])) for part in (query, key, value)]
-        found = run(*parts, bias, dropout, 1 / math.sqrt(size) if scale is None else scale)
+        near, far, values = (F.pad(part, (0, wanted - part.shape[3])) for part in (query, key, value))
+        found = run(near, far, values, bias, dropout, 1 / math.sqrt(size) if scale is None else scale)
         return found[..., : value.shape[3]]
 
     return attend
