@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hasten.attention import (
     BlockDiagonal,
@@ -15,7 +17,7 @@ from hasten.attention import (
     LowerTriangularFromBottomRight,
     attend,
 )
-from hasten.attention.bias import Bias
+from hasten.attention.bias import Bias, materialize
 from hasten.attention.call import AttentionCall
 from hasten.attention.kernels import KERNELS, LOSSLESS, LOSSY, builtin, float8, sage_attention
 from hasten.attention.kernels.flash_attention import FLASH2, FLASH3, FLASH4
@@ -111,6 +113,22 @@ def test_the_float8_reference_is_near_the_exact_result(case: str, monkeypatch: p
     found, exact = KERNELS["float8_reference"](q, k, v, bias), expected(q, k, v, bias)
     close(found, exact, 0.08)
     assert (found - exact).norm() > 1e-3 * exact.norm(), "nothing was rounded"
+
+
+@settings(max_examples=200, deadline=None)
+@given(queries=st.integers(1, 9), keys=st.integers(1, 9), left=st.integers(0, 9), right=st.integers(0, 9))
+def test_no_kernel_meets_a_query_that_sees_nothing(queries: int, keys: int, left: int, right: int) -> None:
+    """There softmax divides by zero, and kernels differ in what they make of it."""
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Bias | None, *_: Any) -> torch.Tensor:
+        if bias is not None and not isinstance(bias, torch.Tensor):
+            assert materialize(bias, q.shape[2], k.shape[2], q.device).any(1).all()
+            assert q.shape[2] <= k.shape[2] or isinstance(bias, LocalFromBottomRight)
+        return expected(q, k, v, bias)
+
+    q, k, v = tensors(queries, keys)
+    for bias in (LowerTriangular(), LowerTriangularFromBottomRight(), LocalFromBottomRight(left, right)):
+        close(reduced(run, True)(q, k, v, bias, 0.0, None), expected(q, k, v, bias))
 
 
 class Operators:
