@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HASTEN_CACHE_DIR"] = tempfile.mkdtemp(prefix="hasten-tests-")  # nothing is left in the user's own
 
 import pytest
 import torch

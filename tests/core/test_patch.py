@@ -152,3 +152,29 @@ def test_kept_states_come_back() -> None:
 def test_a_summary_counts_equal_changes_of_one_component() -> None:
     changes = [Change("unet.a", "x"), Change("unet.b", "x"), Change("vae", "x"), Change("unet.a", "y")]
     assert summarize(changes) == ["unet: x (2 places, first unet.a)", "vae: x", "unet.a: y"]
+
+
+def test_a_sub_module_is_added_and_goes_again() -> None:
+    parent = nn.Sequential(nn.Linear(2, 2))
+    patch = new()
+    patch.add(parent, "extra", nn.Linear(2, 3), "is new")
+    assert list(dict(parent.named_children())) == ["0", "extra"]
+    with pytest.raises(PatchError, match="Sequential has 'extra' already"):
+        patch.add(parent, "extra", nn.Linear(2, 3), "is new")
+    patch.close()
+    assert list(dict(parent.named_children())) == ["0"]
+
+
+def test_an_original_comes_back_inside_an_adapter() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base_layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+
+    parent, replacement = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+    original, patch = parent[0], new()
+    patch.swap(parent, "0", replacement, "is replaced")
+    parent[0] = adapter = Adapter(Adapter(replacement))
+    patch.close()
+    assert parent[0] is adapter
+    assert adapter.base_layer.base_layer is original

@@ -1,10 +1,10 @@
-"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`, `calibrate`."""
+"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`, `calibrate`, `doctor`."""
 
 from __future__ import annotations
 
 import typer
 
-from hasten.cli import calibrate, compare, generate, inspect, techniques
+from hasten.cli import calibrate, compare, doctor, generate, inspect, techniques
 
 app = typer.Typer(
     name="hasten",
@@ -19,6 +19,7 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("techniques")(techniques.techniques)
 app.command("calibrate")(calibrate.calibrate)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

@@ -65,12 +65,23 @@ class Patch:
         self._record(obj, what)
 
     def swap(self, parent: nn.Module, name: str, module: nn.Module, what: str) -> None:
-        """Replace a direct sub-module; the original is kept alive and comes back."""
+        """Replace a direct sub-module; the original is kept alive and comes back.
+
+        It comes back inside an adapter (PEFT) that was put around the replacement meanwhile.
+        """
         if name not in parent._modules:
             raise PatchError(f"{type(parent).__name__} has no sub-module {name!r} to replace.")
         before = parent._modules[name]
         parent._modules[name] = module
-        self._undo.append(partial(parent._modules.__setitem__, name, before))
+        self._undo.append(partial(_put_back, parent, name, module, before))
+        self._record(parent, f"{name}: {what}")
+
+    def add(self, parent: nn.Module, name: str, module: nn.Module, what: str) -> None:
+        """Give a module a sub-module under a new name, as the last one."""
+        if hasattr(parent, name):
+            raise PatchError(f"{type(parent).__name__} has {name!r} already.")
+        parent.add_module(name, module)
+        self._undo.append(partial(parent._modules.pop, name))
         self._record(parent, f"{name}: {what}")
 
     def restride(self, module: nn.Module, memory_format: torch.memory_format, what: str) -> int:
@@ -139,6 +150,14 @@ def _restore(obj: object, name: str, before: object) -> None:
         setattr(obj, name, before)
     elif name in obj.__dict__:
         delattr(obj, name)
+
+
+def _put_back(parent: nn.Module, name: str, module: nn.Module, before: nn.Module | None) -> None:
+    holder, key = parent, name
+    while (current := holder._modules[key]) is not module and current is not None and "base_layer" in current._modules:
+        holder, key = current, "base_layer"
+    found = holder._modules[key] is module
+    (holder if found else parent)._modules[key if found else name] = before
 
 
 def _restore_strides(parameter: nn.Parameter, strides: tuple[int, ...]) -> None:

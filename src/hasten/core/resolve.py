@@ -91,6 +91,7 @@ def _meet(one: str, other: str) -> bool:
 
 CLAIMS = {
     "attention.kernel": "the choice of the attention kernel",
+    "attention.projections": "the projections of attention",
     "stack.compute": "the decision which blocks to compute",
     "graph": "the compilation of the blocks",
     "layout": "the memory layout of the weights",
