@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What tests keep for a next process must not reach the user's cache folder, nor come from it.
+_CACHE = tempfile.TemporaryDirectory(prefix="hasten-tests-")
+os.environ["HASTEN_CACHE_DIR"] = _CACHE.name
 
 import pytest
 import torch

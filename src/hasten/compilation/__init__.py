@@ -2,5 +2,6 @@
 
 from hasten.compilation.blocks import CompileBlocks
 from hasten.compilation.channels_last import ChannelsLast
+from hasten.compilation.whole import CompileWhole
 
-__all__ = ["ChannelsLast", "CompileBlocks"]
+__all__ = ["ChannelsLast", "CompileBlocks", "CompileWhole"]
