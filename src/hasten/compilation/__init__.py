@@ -2,6 +2,7 @@
 
 from hasten.compilation.blocks import CompileBlocks
 from hasten.compilation.channels_last import ChannelsLast
+from hasten.compilation.warm_up import warm_up
 from hasten.compilation.whole import CompileWhole
 
-__all__ = ["ChannelsLast", "CompileBlocks", "CompileWhole"]
+__all__ = ["ChannelsLast", "CompileBlocks", "CompileWhole", "warm_up"]

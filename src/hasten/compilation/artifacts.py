@@ -1,9 +1,9 @@
 """Compiled code kept on disk from process to process, so that the second one starts warm.
 
-What is kept is PyTorch's own bundle (`torch.compiler.save_cache_artifacts`). A file belongs to one environment: device,
-versions, model configuration and recipe. It begins with a line that says what it is and a checksum; a file that does
-not fit them, or belongs to another user, is left alone with a warning. PyTorch unpickles what is in it, so that
-the folder deserves the trust one gives to installed programs.
+What is kept is PyTorch's own bundle (`torch.compiler.save_cache_artifacts`) and, for the CPU, the compiled libraries. A
+file belongs to one environment: device, versions, model configuration and recipe. It begins with a line that says what it
+is and a checksum; a file that does not fit them, or belongs to another user, is left alone with a warning. PyTorch
+unpickles and loads what is in it, so that the folder deserves the trust one gives to installed programs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from hasten.compilation.libraries import loaded_libraries, packed, put_back, unpacked
 from hasten.core.errors import HastenError
 from hasten.core.files import atomic_write_bytes
 from hasten.core.identity import config_hash
@@ -39,10 +40,11 @@ class ArtifactStore:
 
     def load(self) -> int:
         """Hand the file's content to PyTorch's caches; returns its size in bytes, 0 when there is none to use."""
-        content = _read(self.path)
-        if content is None or torch.compiler.load_cache_artifacts(content) is None:
+        if (found := _read(self.path)) is None:
             return 0
-        return len(content)
+        bundle, libraries = found
+        put_back(libraries)
+        return len(bundle) if torch.compiler.load_cache_artifacts(bundle) is not None else 0
 
     def save(self, graphs: int, cached: int) -> int:
         """Write the compiled code of this process, unless the file has it: all that did not come from a cache is saved.
@@ -52,13 +54,14 @@ class ArtifactStore:
         fresh = graphs - cached if self.path.exists() else graphs
         if fresh <= self._saved or (bundle := torch.compiler.save_cache_artifacts()) is None:
             return 0
+        content = packed(bundle[0], loaded_libraries())
         try:
-            atomic_write_bytes(self.path, MAGIC + hashlib.sha256(bundle[0]).hexdigest().encode() + b"\n" + bundle[0])
+            atomic_write_bytes(self.path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
         except HastenError as error:
             warnings.warn(f"Compiled code was not kept for the next process: {error}", stacklevel=2)
             return 0
         self._saved = fresh
-        return len(bundle[0])
+        return len(content)
 
 
 def store_for(target: Target, recipe: Iterable[Technique]) -> ArtifactStore:
@@ -91,14 +94,14 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _read(path: Path) -> bytes | None:
-    """The checked content of a file; None, with a warning, when it cannot be used."""
+def _read(path: Path) -> tuple[bytes, dict[str, bytes]] | None:
+    """The checked bundle and libraries of a file; None, with a warning, when it cannot be used."""
     if not path.is_file():
         return None
     try:
         if problem := _foreign(path):
             raise HastenError(problem)
-        return _checked(path.read_bytes())
+        return unpacked(_checked(path.read_bytes()))
     except (OSError, HastenError) as error:
         warnings.warn(f"The compiled code in {path} is ignored and will be made again: {error}", stacklevel=2)
         return None

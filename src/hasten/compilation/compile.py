@@ -126,8 +126,13 @@ class Compile(Technique):
                 patch.undo(denoiser.module, "LoRA adapters are kept at one rank", adapters.restore)
                 patch.around(denoiser.module, adapters, "LoRA adapters loaded later are prepared")
 
+    @property
+    def keeps_code(self) -> bool:
+        """Is compiled code kept on disk? Other back-ends than inductor have none."""
+        return self.keep and self.backend == "inductor"
+
     def _load(self, target: Target) -> ArtifactStore | None:
-        if not self.keep or self.backend != "inductor":
+        if not self.keeps_code:
             return None
         store = store_for(target, applied_to(target.denoisers[0].module))
         store.load()
