@@ -8,14 +8,15 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What tests keep for a next process must not reach the user's cache folder, nor come from it.
-_CACHE = tempfile.TemporaryDirectory(prefix="hasten-tests-")
-os.environ["HASTEN_CACHE_DIR"] = _CACHE.name
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# What tests keep for a next process must not reach the user's cache folder, nor come from it.
+_CACHE = tempfile.TemporaryDirectory(prefix="hasten-tests-")
+os.environ["HASTEN_CACHE_DIR"] = _CACHE.name
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """Compiled code kept on disk from process to process, so that the second one starts warm.
 
-What is kept is PyTorch's own bundle (`torch.compiler.save_cache_artifacts`) and, for the CPU, the compiled libraries. A
-file belongs to one environment: device, versions, model configuration and recipe. It begins with a line that says what it
-is and a checksum; a file that does not fit them, or belongs to another user, is left alone with a warning. PyTorch
+What is kept is PyTorch's own bundle (`torch.compiler.save_cache_artifacts`) and, for the CPU, the compiled libraries.
+A file belongs to one environment: device, versions, model configuration and recipe. It begins with a line that says
+what it is and a checksum; a file that does not fit them, or belongs to another user, is left alone with a warning. PyTorch
 unpickles and loads what is in it, so that the folder deserves the trust one gives to installed programs.
 """
 
@@ -23,9 +23,9 @@ from hasten.compilation.libraries import loaded_libraries, packed, put_back, unp
 from hasten.core.errors import HastenError
 from hasten.core.files import atomic_write_bytes
 from hasten.core.identity import config_hash
-from hasten.core.places import cache_folder
 from hasten.core.target import Target
 from hasten.core.technique import Technique
+from hasten.core.user_cache import user_cache
 
 MAGIC = b"hasten compiled code 1 "
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "hasten")
@@ -68,7 +68,7 @@ def store_for(target: Target, recipe: Iterable[Technique]) -> ArtifactStore:
     """The file for this environment, model and recipe, in the user's cache folder."""
     identity = json.dumps([environment(target.device), _model(target), sorted(map(repr, recipe))], sort_keys=True)
     name = f"{target.architecture}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.bin"
-    return ArtifactStore(cache_folder("compiled", name))
+    return ArtifactStore(user_cache() / "compiled" / name)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -7,7 +7,7 @@ and it is taken back.
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,16 +130,12 @@ class EqualRank:
 
 def lora_problems(modules: Iterator[nn.Module], rank: int) -> Iterator[str]:
     """Say what adapters of this rank need: PEFT, and none that is larger."""
-    with contextlib.suppress(ImportError):
-        import peft  # noqa: F401
-
-        for module in modules:
-            configs = getattr(module, "peft_config", None) or {}
-            for name, config in configs.items():
-                if config.r > rank:
-                    yield f"the LoRA adapter {name!r} has rank {config.r}, more than lora_rank={rank}; set it higher."
-        return
-    yield "adapters are prepared with PEFT, which is not installed; run: pip install peft."
+    if importlib.util.find_spec("peft") is None:
+        yield "adapters are prepared with PEFT, which is not installed; run: pip install peft."
+    for module in modules:
+        for name, config in (getattr(module, "peft_config", None) or {}).items():
+            if config.r > rank:
+                yield f"the LoRA adapter {name!r} has rank {config.r}, more than lora_rank={rank}; set it higher."
 
 
 def _is_lora(module: nn.Module) -> bool:

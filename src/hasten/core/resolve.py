@@ -63,8 +63,8 @@ def _sealed(techniques: tuple[Technique, ...], target: Target) -> Iterator[str]:
         decides = "nothing" if one.seals == "open" else other.decides(target)
         if one.seals == "compiled" and decides == "within":
             yield (
-                f"{type(other).__name__} decides in the middle of the denoiser's call, which {type(one).__name__} makes "
-                f"one graph; use CompileBlocks, or a cache with a fixed schedule."
+                f"{type(other).__name__} decides in the middle of the denoiser's call, which {type(one).__name__} "
+                f"makes one graph; use CompileBlocks, or a cache with a fixed schedule."
             )
         elif one.seals == "recorded" and decides != "nothing":
             yield (
@@ -111,6 +111,7 @@ CLAIMS = {
     "attention.kernel": "the choice of the attention kernel",
     "stack.compute": "the decision which blocks to compute",
     "graph": "the compilation of the blocks",
+    "recording": "the recording of the denoiser's calls",
     "layout": "the memory layout of the weights",
     "linear.weight": "the weights of the same linear layers",
     "residency": "the placement of the weights",
