@@ -2,8 +2,8 @@
 
 What is kept is PyTorch's own bundle (`torch.compiler.save_cache_artifacts`) and, for the CPU, the compiled libraries.
 A file belongs to one environment: device, versions, model configuration and recipe. It begins with a line that says
-what it is and a checksum; a file that does not fit them, or belongs to another user, is left alone with a warning. PyTorch
-unpickles and loads what is in it, so that the folder deserves the trust one gives to installed programs.
+what it is and a checksum; a file that does not fit them, or belongs to another user, is left alone with a warning.
+PyTorch unpickles and loads what is in it, so that the folder deserves the trust one gives to installed programs.
 """
 
 from __future__ import annotations
