@@ -63,7 +63,7 @@ def test_a_cache_of_whole_outputs_runs_no_graph_on_reused_steps(architecture: st
     assert calls < 23
 
 
-@pytest.mark.parametrize("cache", [FirstBlockCache(), DBCache(), TeaCache(model="FLUX.1-dev")])
+@pytest.mark.parametrize("cache", [FirstBlockCache(), DBCache.trial(), TeaCache.trial()])
 def test_a_decision_in_the_middle_is_refused_before_anything_is_compiled(cache: Technique) -> None:
     rig = make("flux")
     (reason,) = resolve(Recipe((WHOLE, cache)), Target.of(rig)).refusals

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _MAKE_PICTURES = ("convolution", "upsample_nearest2d", "upsample_bilinear2d", "avg_pool2d", "constant_pad_nd")
 
-_ORDERS = {(0, 1, 2, 3): "NCHW", (0, 2, 3, 1): "NHWC", (0, 3, 1, 2): "NCHW seen as tokens"}
+_ORDERS: dict[tuple[int, ...], str] = {(0, 1, 2, 3): "NCHW", (0, 2, 3, 1): "NHWC", (0, 3, 1, 2): "NCHW seen as tokens"}
 """Layouts of pictures by the order of dimensions from the largest stride to the smallest."""
 
 

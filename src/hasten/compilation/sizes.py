@@ -84,7 +84,9 @@ def check_buckets(buckets: tuple[str, ...], denoiser: Denoiser, target: Target) 
     config = cast("dict[str, Any]", dict(getattr(denoiser.module, "config", {})))
     for size in buckets:
         try:
-            denoiser.spec.example(config, input_size(size, target))
+            given = denoiser.spec.example(config, input_size(size, target))
+            if 0 in extent(given[denoiser.spec.latents]):
+                yield f"{denoiser.spec.model_class} has nothing to compute at the size {size}; declare a larger one."
         except NotImplementedError:
             yield f"sizes cannot be declared for {denoiser.spec.model_class}, whose inputs hasten does not know."
             return
