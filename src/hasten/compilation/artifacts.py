@@ -52,7 +52,11 @@ class ArtifactStore:
         Returns the size in bytes, 0 when nothing was written; a folder that cannot be written costs a warning.
         """
         fresh, missing = graphs - cached, not self.path.exists()
-        if not graphs or (fresh <= self._saved and not missing) or (bundle := torch.compiler.save_cache_artifacts()) is None:
+        if (
+            not graphs
+            or (fresh <= self._saved and not missing)
+            or (bundle := torch.compiler.save_cache_artifacts()) is None
+        ):
             return 0
         content = packed(bundle[0], loaded_libraries())
         try:
