@@ -15,6 +15,10 @@ import torch
 
 torch.set_num_threads(1)
 
+# What tests keep for a next process must not reach the user's cache folder, nor come from it.
+_CACHE = tempfile.TemporaryDirectory(prefix="hasten-tests-")
+os.environ["HASTEN_CACHE_DIR"] = _CACHE.name
+
 
 @pytest.fixture(autouse=True)
 def _diffusers_attention_stays_as_it_was() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "compilation.warm_up": ("warm_up",),
     "core.errors": ("HastenError", "NoEffect", "NotEngaged", "Refused"),
     "core.expression": ("load_recipe",),
     "core.recipe": ("Recipe",),

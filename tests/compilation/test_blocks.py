@@ -165,7 +165,7 @@ def test_a_block_that_cannot_be_captured_whole() -> None:
 def test_before_a_run_it_is_not_engaged() -> None:
     network = Network()
     with accelerate(network, EAGER) as session:
-        with pytest.raises(NotEngaged, match="no compiled block was called"):
+        with pytest.raises(NotEngaged, match="no compiled code was called"):
             session.evidence()
         network(torch.ones(1, 4))
         assert session.evidence()[EAGER].summary.startswith("1 graphs compiled in")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hasten.compilation import ChannelsLast
+from hasten.compilation import ChannelsLast, CompileBlocks
+from hasten.compilation.layout import counted, layout_of
 from hasten.core.errors import NotEngaged, Refused
 from hasten.core.session import accelerate
+from hasten.core.spec import InputSize
 from hasten.core.target import Target
 from tests.contract.rigs import Rig, make, plain_output
 
@@ -52,6 +55,55 @@ def test_weights_and_activations_of_a_unet(architecture: str) -> None:
     assert torch.equal(rig.run(), plain_output(architecture))
 
 
+@pytest.mark.parametrize("architecture", ["stable_diffusion", "sdxl"])
+def test_one_layout_copy_remains_where_the_latents_enter(architecture: str) -> None:
+    rig = make(architecture)
+    stages = len(list(Target.of(rig).denoisers[0].of_class("Transformer2DModel")))
+    given: Any = rig.spec.example(rig.denoiser.config, InputSize(batch=2))  # pyright: ignore
+    before = counted(lambda: rig.denoiser(**given))
+    assert before.nhwc == 0
+    assert before.copies == {"clone": stages}, "each attention stage copies its output to NCHW"
+    with rig.accelerated(NHWC) as session:
+        rig.run(steps=1)
+        summary = session.evidence()[NHWC].summary
+    weights = len(large_convolutions(rig.denoiser))
+    assert f"unet: {weights} of {weights} convolution weights and " in summary
+    unet, vae = summary.split("; ")
+    made, all_made = map(int, re.findall(r"(\d+) of (\d+) activations in NHWC", unet)[0])
+    assert made == all_made == before.other - stages
+    for part in (unet, vae):
+        assert part.endswith("layout copies that remain: 1 (1 by convolution)")
+
+
+def test_a_layout_copy_inside_is_counted() -> None:
+    rig = make("stable_diffusion")
+    inner = large_convolutions(rig.denoiser)[3]
+    with rig.accelerated(NHWC) as session:
+        inner.register_forward_hook(lambda _, __, out: out.contiguous())
+        rig.run(steps=1)
+        unet = session.evidence()[NHWC].summary.split("; ")[0]
+    made, all_made = map(int, re.findall(r"(\d+) of (\d+) activations in NHWC", unet)[0])
+    assert made < all_made
+    assert "by clone" in unet
+
+
+def test_layouts_by_strides() -> None:
+    picture = torch.zeros(2, 3, 4, 5)
+    assert layout_of(picture) == "NCHW"
+    assert layout_of(picture.contiguous(memory_format=LAYOUT)) == "NHWC"
+    assert layout_of(picture.permute(0, 2, 3, 1)) == "NCHW seen as tokens"
+    assert layout_of(picture[:, :2]) == layout_of(torch.zeros(2, 1, 4, 5)) == layout_of(torch.zeros(2, 3)) == ""
+    assert layout_of(torch.zeros(1, 3, 4, 5).contiguous(memory_format=LAYOUT)) == "NHWC"
+
+
+def test_compiled_and_observed_at_once() -> None:
+    rig, compiled = make("stable_diffusion"), CompileBlocks(backend="eager")
+    with rig.accelerated(NHWC, compiled) as session:
+        output = rig.run()
+        assert all(evidence.summary for evidence in session.evidence().values())
+    torch.testing.assert_close(output, plain_output("stable_diffusion"), atol=1e-4, rtol=1e-3)
+
+
 def test_of_a_transformers_pipeline_only_the_vae_changes() -> None:
     rig = make("flux")
     before, denoiser = layout(rig.denoiser, rig.vae), layout(rig.denoiser)
@@ -59,7 +111,7 @@ def test_of_a_transformers_pipeline_only_the_vae_changes() -> None:
         assert [entry[:2] for entry in layout(rig.denoiser)] == [entry[:2] for entry in denoiser]
         assert all(c.weight.is_contiguous(memory_format=LAYOUT) for c in large_convolutions(rig.vae))
         rig.run()
-        assert session.evidence()[NHWC].summary.startswith("activations in NHWC (vae: ")
+        assert session.evidence()[NHWC].summary.startswith("vae: ")
         assert {change.where.partition(".")[0] for change in session.log(NHWC)} == {"vae"}
     assert restored(rig, before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -22,15 +23,21 @@ class CompileCounter:
     graphs: int = 0
     calls: int = 0
     seconds: float = 0.0
+    recompilations: int = 0
+    """Graphs compiled because an earlier graph of the same code did not fit: another size, setting or adapter."""
+    cached: int = 0
+    """Graphs whose compiled code was found in a cache."""
 
     def around(self, backend: str, options: dict[str, Any]) -> Callable[..., Any]:
         """Return a back-end for torch.compile that delegates to the named one and counts."""
 
         def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            began = time.perf_counter()
+            began, before = time.perf_counter(), _found_in_cache()
             compiled = _compile(backend, graph, inputs, options)
             self.seconds += time.perf_counter() - began
             self.graphs += 1
+            self.recompilations += _is_another_version()
+            self.cached += _found_in_cache() > before
 
             def run(*args: Any) -> Any:
                 self.calls += 1
@@ -40,19 +47,30 @@ class CompileCounter:
 
         return compile_graph
 
+    def in_words(self) -> str:
+        """What was compiled, one clause."""
+        facts = [f"{self.recompilations} of them anew for another size or setting"] if self.recompilations else []
+        facts += [f"{self.cached} found in the cache"] if self.cached else []
+        more = f" ({', '.join(facts)})" if facts else ""
+        return f"{self.graphs} graphs compiled in {self.seconds:.1f} s{more} and called {self.calls} times"
+
 
 def call_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a block as its own call would, hooks included; this is the function that is compiled."""
+    """Run a module as its own call would, hooks included; this is the function that is compiled."""
     return nn.Module._call_impl(block, *args, **kwargs)
+
+
+_NUMBERS = itertools.count()
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a function with a code object of its own.
 
-    torch.compile keeps graphs per code object, up to a limit of 8. With its own, each session starts with none,
-    and its graphs disappear with it.
+    torch.compile keeps graphs per code object, up to a limit of 8, and remembers which sizes have varied by the
+    code's file, line and name. With its own, each copy starts with nothing, and its graphs disappear with it.
     """
-    copied = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBERS)}")
+    copied = types.FunctionType(code, function.__globals__, function.__name__)
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
 
@@ -76,6 +94,22 @@ def _compile(
     from torch._dynamo.backends.registry import lookup_backend
 
     return cast(Callable[..., Any], lookup_backend(backend)(graph, inputs))
+
+
+def _found_in_cache() -> int:
+    """How often PyTorch has found compiled code in its caches so far, in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+
+
+def _is_another_version() -> bool:
+    """Is what is being compiled not the first version of its code?"""
+    from torch._guards import CompileContext
+
+    present = CompileContext.try_get()
+    number = getattr(getattr(present, "compile_id", None), "frame_compile_id", 0)
+    return bool(number)
 
 
 def mode_options(mode: str) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def resolve(recipe: Recipe, target: Target) -> Plan:
     """Sort by stage (ties by name, then by settings) and collect every reason against the combination."""
     ordered = tuple(sorted(recipe, key=lambda item: (item.stage, type(item).__name__, repr(item))))
     refusals = [*_conflicts(ordered), *_problems(ordered, target)]
+    # What a technique decides can be asked only where it can run.
+    refusals += [] if refusals else _sealed(ordered, target)
     return Plan(target, ordered, tuple(dict.fromkeys(refusals)))
 
 
@@ -53,6 +55,22 @@ def _conflicts(techniques: tuple[Technique, ...]) -> Iterator[str]:
             if type(one) is type(other):
                 names = f"two {type(one).__name__}"
             yield f"{names} both take {describe_claim(shared)}; keep one of them."
+
+
+def _sealed(techniques: tuple[Technique, ...], target: Target) -> Iterator[str]:
+    """Say who decides inside a call that another one makes a single piece of."""
+    for one, other in itertools.permutations(techniques, 2):
+        decides = "nothing" if one.seals == "open" else other.decides(target)
+        if one.seals == "compiled" and decides == "within":
+            yield (
+                f"{type(other).__name__} decides in the middle of the denoiser's call, which {type(one).__name__} "
+                f"makes one graph; use CompileBlocks, or a cache with a fixed schedule."
+            )
+        elif one.seals == "recorded" and decides != "nothing":
+            yield (
+                f"{type(other).__name__} leaves out parts of the denoiser's call, which {type(one).__name__} records "
+                f"and repeats as it is; use a cache that leaves out whole calls."
+            )
 
 
 def clashes(added: Iterable[Technique], present: Iterable[Technique]) -> Iterator[str]:
@@ -94,6 +112,7 @@ CLAIMS = {
     "attention.projections": "the projections of attention",
     "stack.compute": "the decision which blocks to compute",
     "graph": "the compilation of the blocks",
+    "recording": "the recording of the denoiser's calls",
     "layout": "the memory layout of the weights",
     "linear.weight": "the weights of the same linear layers",
     "residency": "the placement of the weights",

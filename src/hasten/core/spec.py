@@ -76,6 +76,8 @@ class UNetStages:
     up: str = "up_blocks"
     returns_nchw: tuple[str, ...] = ("Transformer2DModel",)
     """Classes of the sub-modules that return NCHW whatever layout they are given."""
+    leaves_tokens: str = "_get_output_for_continuous_inputs"
+    """The method of these classes that turns tokens back into a picture, and copies it."""
 
 
 @dataclass(frozen=True, kw_only=True)

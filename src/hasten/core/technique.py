@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args,
 
 from hasten.core.errors import InvalidSetting, UnknownName, nearest
 
+Seal = Literal["open", "compiled", "recorded"]
+Decision = Literal["nothing", "beforehand", "within"]
+
 if TYPE_CHECKING:
     from hasten.core.patch import Patch
     from hasten.core.recipe import Recipe
@@ -82,6 +85,9 @@ class Technique:
     """True when a decision waits for the GPU at each step; `waits` says it for given settings."""
     cuts_blocks: ClassVar[bool] = False
     """True when it decides inside a block, so that compiled blocks need up to twice as many graphs."""
+    seals: ClassVar[Seal] = "open"
+    """What it makes of the denoiser's call: "compiled" into one graph, in whose middle nothing can be decided, or
+    "recorded", so that every call runs the same kernels. Both are checked against what others decide."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -95,6 +101,10 @@ class Technique:
     def waits(self) -> bool:
         """Does a decision wait for the GPU at each step, with these settings?"""
         return self.syncs
+
+    def decides(self, target: Target) -> Decision:
+        """What is left out inside the denoiser's call: "nothing"; parts decided "beforehand"; or "within" the call."""
+        return "nothing"
 
     def problems(self, target: Target) -> Iterable[str]:
         """Yield one plain sentence for each reason why this cannot run on `target`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hasten.cache.engine.guess import Hold
+from hasten.cache.engine.output import OutputSite
 from hasten.cache.engine.policy import Policy
 from hasten.cache.engine.runner import Runner
 from hasten.cache.engine.site import Site
@@ -17,7 +18,7 @@ from hasten.core.clock import Clock
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Denoiser, Target
-from hasten.core.technique import Cost, Evidence, Stage, Technique
+from hasten.core.technique import Cost, Decision, Evidence, Stage, Technique
 from hasten.core.workload import Workload
 
 
@@ -51,6 +52,13 @@ class Cache(Technique):
     def claims(self) -> tuple[str, ...]:
         """Decides which parts of the denoiser are computed."""
         return ("stack.compute:*",)
+
+    def decides(self, target: Target) -> Decision:
+        """Nothing where whole calls are left out; within the call where the first blocks tell."""
+        if all(isinstance(self.site(denoiser), OutputSite) for denoiser in target.denoisers):
+            return "nothing"
+        looks = {self.policies(denoiser)().looks_at for denoiser in target.denoisers}
+        return "within" if "front" in looks else "beforehand"
 
     def problems(self, target: Target) -> Iterable[str]:
         """What the site needs."""

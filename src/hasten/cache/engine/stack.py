@@ -38,6 +38,8 @@ class StackSite:
         self._stacks = tuple(stack for stack in denoiser.spec.stacks if len(denoiser.stack(stack)))
         counts = [len(denoiser.stack(stack)) for stack in self._stacks]
         self._offsets = [sum(counts[:index]) for index in range(len(counts))]
+        # Looked up here and not in a block's call, where a model compiled as a whole could not.
+        self.arguments = [_parameters(base_class(b)) for stack in self._stacks for b in denoiser.stack(stack)]
         self._after_middle = sum(counts) - back
         self._value: Streams | None = None
         self._judge: Judge | None = None
@@ -162,7 +164,7 @@ class SeenBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, or only pass streams on in the form that it would return."""
         before = self.stack.read(args, kwargs)
-        arguments = dict(zip(_parameters(base_class(self._block)), args, strict=False)) | kwargs
+        arguments = dict(zip(self._site.arguments[self.index], args, strict=False)) | kwargs
         passed = self._site.enter(self, before, arguments)
         if passed is None:
             after = cast(Streams, self.stack.unpack(self._block(*args, **kwargs)))
