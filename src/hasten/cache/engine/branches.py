@@ -40,6 +40,7 @@ class BranchSite:
         self._branches: list[_Cell] = []
         self._given: list[_Cell] = []
         self.keeping = self.reusing = False
+        self._inside: dict[int, _Cell] = {}
 
     def install(self, patch: Patch) -> None:
         """Intercept the branches of every block, and the sub-modules that do nothing but feed one of them."""
@@ -51,6 +52,13 @@ class BranchSite:
             else:
                 cell = self._new_cell()
                 patch.around(module, self._around(cell, fed, _hollow), "is left out on reused steps")
+            self._inside |= {id(part): cell for part in module.modules()}
+        patch.foretell(self._denoiser.module, self._will_run)
+
+    def _will_run(self, module: nn.Module) -> bool:
+        """What `core.foresight` asks: nothing runs inside a branch whose output is given."""
+        cell = self._inside.get(id(module))
+        return not (self.reusing and cell is not None and cell.output is not None)
 
     def _new_cell(self, *lists: list[_Cell]) -> _Cell:
         cell = _Cell()
