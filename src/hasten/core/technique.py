@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args,
 from hasten.core.errors import InvalidSetting, UnknownName, nearest
 
 if TYPE_CHECKING:
+    import torch
+
     from hasten.core.patch import Patch
     from hasten.core.recipe import Recipe
     from hasten.core.session import Session
@@ -95,6 +97,10 @@ class Technique:
     def waits(self) -> bool:
         """Does a decision wait for the GPU at each step, with these settings?"""
         return self.syncs
+
+    def runs_on(self, target: Target) -> torch.device | None:
+        """Where the denoiser computes with this technique, if not where its weights are now."""
+        return None
 
     def problems(self, target: Target) -> Iterable[str]:
         """Yield one plain sentence for each reason why this cannot run on `target`."""
@@ -199,6 +205,8 @@ def _convert(value: object, hint: object) -> object:
 
 
 def _convert_tuple(value: object, arguments: tuple[object, ...]) -> object:
+    if isinstance(value, Mapping):  # as pairs, so that the technique can be hashed
+        value = tuple(cast("Mapping[object, object]", value).items())
     if not isinstance(value, tuple | list):
         return _MISFIT
     items = tuple(_convert(element, arguments[0]) for element in cast("tuple[object, ...]", value))

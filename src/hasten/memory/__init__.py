@@ -1,3 +1,6 @@
 """Offload, device maps and other ways to need less memory."""
 
-__all__: list[str] = []
+from hasten.memory.offload import Offload
+from hasten.memory.one_at_a_time import OneAtATime
+
+__all__ = ["Offload", "OneAtATime"]

@@ -6,6 +6,7 @@ PyTorch's own pinned memory is handed out in powers of two, which takes up to tw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class Arena:
 
     def pin(self) -> None:
         """Page-lock the buffer, so that copies to a GPU run beside computation."""
-        status = int(torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.buffer.numel(), 0))
+        status = int(_runtime().cudaHostRegister(self.buffer.data_ptr(), self.buffer.numel(), 0))
         if status:
             raise HastenError(f"The driver did not page-lock {self.buffer.numel()} bytes (CUDA error {status}).")
         self._pinned = True
@@ -48,5 +49,9 @@ class Arena:
         """Let the pages go; the buffer itself stays until nothing refers to it."""
         if self._pinned:
             torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
+            _runtime().cudaHostUnregister(self.buffer.data_ptr())
             self._pinned = False
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()

@@ -65,7 +65,8 @@ class StreamCopies:
     def begin(self, sources: Sequence[torch.Tensor]) -> Arrival:
         """Start copying; returns at once."""
         targets = [torch.empty_like(source, device=self.device) for source in sources]
-        before = torch.cuda.current_stream(self.device).record_event()
+        before = torch.cuda.Event()
+        before.record(torch.cuda.current_stream(self.device))
         run = _copying(self._stream, before, list(sources), targets)
         if all(source.is_pinned() for source in sources):
             done = run()
@@ -82,7 +83,9 @@ def _copying(
         with torch.cuda.stream(stream), torch.no_grad():
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
-        return stream.record_event()
+            done = torch.cuda.Event()
+            done.record(stream)
+        return done
 
     return run
 

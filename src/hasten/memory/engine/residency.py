@@ -44,16 +44,17 @@ class Residency:
     """The units of one network, in the order in which they are needed.
 
     A unit stays until another one is needed, or the call of the network ends; the next ones in order are fetched
-    ahead, as far as they are sure to be needed. The order is learned from the calls.
+    ahead, as far as they are sure to be needed. The order is learned from the calls; a unit may come several times.
     """
 
     def __init__(self, copies: Copies, ledger: Ledger, *, ahead: int, forecast: Forecast) -> None:
         self.copies, self._ledger, self._ahead, self._forecast = copies, ledger, ahead, forecast
         self._order: list[Unit] = []
-        self._place: dict[int, int] = {}
-        self._last: Unit | None = None
+        self._place = -1
+        """Where in the order the present call is."""
         self._idle: list[Unit] = []
         self._coming: list[Unit] = []
+        self._held: set[int] = set()
 
     def enter(self, unit: Unit) -> None:
         """Have the unit on the device; until `leave` it stays there."""
@@ -71,12 +72,25 @@ class Residency:
         if not unit.uses:
             self._idle.append(unit)
 
+    def hold(self, unit: Unit) -> None:
+        """Have a unit on the device until `drop`."""
+        if id(unit) not in self._held:
+            self.enter(unit)
+            self._held.add(id(unit))
+
+    def drop(self, unit: Unit) -> None:
+        """Let a unit go that was held."""
+        if id(unit) in self._held:
+            self._held.remove(id(unit))
+            self.leave(unit)
+        self._let_go(None)
+
     def finish(self) -> None:
         """At the end of the network's call: let everything go that is not in use."""
         self._let_go(None)
         for unit in self._coming:
             self._cancel(unit)
-        self._coming, self._last = [], None
+        self._coming, self._place = [], -1
 
     def _bring(self, unit: Unit) -> None:
         self._let_go(unit)
@@ -88,8 +102,9 @@ class Residency:
         assert unit.arrival is not None
         arrival, unit.arrival = unit.arrival, None
         unit.install(arrival.wait())
-        self._note(unit)
-        self._fetch_ahead(unit)
+        if not unit.lasting:
+            self._note(unit)
+            self._fetch_ahead()
 
     def _begin(self, unit: Unit) -> None:
         unit.arrival = self.copies.begin(unit.sources())
@@ -109,26 +124,31 @@ class Residency:
             unit.arrival = None
             self._ledger.in_vain += unit.bytes
             self._ledger.gone(unit)
-        self._order.remove(unit)
-        self._place = {id(known): place for place, known in enumerate(self._order)}
+        if (place := self._find(unit)) is not None:
+            del self._order[place]
+
+    def _find(self, unit: Unit) -> int | None:
+        """The next place in the order where a unit is expected."""
+        following = range(self._place + 1, len(self._order))
+        return next((place for place in following if self._order[place] is unit), None)
 
     def _note(self, unit: Unit) -> None:
-        if id(unit) not in self._place:
-            place = len(self._order) if self._last is None else self._place[id(self._last)] + 1
+        place = self._find(unit)
+        if place is None:
+            place = self._place + 1
             self._order.insert(place, unit)
-            self._place = {id(known): place for place, known in enumerate(self._order)}
-        self._last = unit
+        self._place = place
 
-    def _fetch_ahead(self, unit: Unit) -> None:
-        for following in self._following(unit):
+    def _fetch_ahead(self) -> None:
+        for following in self._following():
             if following.present is None and following.arrival is None:
                 self._begin(following)
                 self._coming.append(following)
 
-    def _following(self, unit: Unit) -> Iterator[Unit]:
+    def _following(self) -> Iterator[Unit]:
         """The next units that are sure to be needed, up to where that is not decided."""
         left = self._ahead
-        for following in self._order[self._place[id(unit)] + 1 :]:
+        for following in self._order[self._place + 1 :]:
             expected = self._forecast(following)
             if not left or expected is None:
                 return

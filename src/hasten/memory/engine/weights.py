@@ -16,8 +16,9 @@ class Weight:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.home = self._first = tensor.data
+        self.home = tensor.data
         self._device = tensor.device
+        self._borrowed = False
 
     @property
     def bytes(self) -> int:
@@ -25,10 +26,12 @@ class Weight:
         return self.home.numel() * self.home.element_size()
 
     def settle(self, home: torch.Tensor) -> None:
-        """Keep the data at `home` from now on (equal values); the first data are let go."""
-        if home is not self._first:
-            self._first = home
+        """Keep the data at `home` from now on (equal values); what was there before is let go.
+
+        That memory is lent: it goes back to whoever gave it when the weight is restored.
+        """
         self.home = self.tensor.data = home
+        self._borrowed = True
 
     def adopt(self, visiting: torch.Tensor | None = None) -> bool:
         """Take over data that other code has put in place of ours (another layout, a merged adapter), if it has."""
@@ -36,15 +39,13 @@ class Weight:
         ours = (self.home,) if visiting is None else (self.home, visiting)
         if any(_same(present, known) for known in ours):
             return False
-        self.home = present.to(self.home.device)
+        self.home, self._borrowed = present.to(self.home.device), False
         return True
 
     def restore(self) -> None:
         """Give the tensor data on the device where they were, in the layout that they have."""
-        if self.home is self._first and self.home.device == self._device and not self.home.is_pinned():
-            self.tensor.data = self.home
-            return
-        self.tensor.data = like(self.home, self._device).copy_(self.home)
+        away = self._borrowed or self.home.device != self._device
+        self.tensor.data = like(self.home, self._device).copy_(self.home) if away else self.home
 
 
 class Unit:
@@ -53,6 +54,8 @@ class Unit:
     def __init__(self, name: str, tensors: Iterable[torch.Tensor], modules: Sequence[nn.Module] = ()) -> None:
         self.name, self.modules = name, tuple(modules)
         self.weights = [Weight(tensor) for tensor in tensors]
+        self.lasting = False
+        """Does it stay for a whole call of the network, so that it has no place in the order of those that pass?"""
         self.uses = 0
         self.present: list[torch.Tensor] | None = None
         """The data on the device of execution while they are there."""
