@@ -137,11 +137,15 @@ def movement_problems(target: Target, patterns: Iterable[str], device: str, fold
 
 
 def _immovable(name: str, module: nn.Module) -> Iterator[str]:
-    kinds = {type(tensor.data).__name__ for tensor in all_tensors(module)} - {"Tensor"}
-    if kinds:
-        yield f"weights of the {name} are of type {' and '.join(sorted(kinds))}, which cannot be moved in place."
+    yield from special_weights(name, all_tensors(module))
     if any(getattr(part, "_hf_hook", None) is not None for part in module.modules()):
         yield f"the {name} is already moved by accelerate or diffusers; take that off first (remove_all_hooks)."
+
+
+def special_weights(name: str, tensors: Iterable[torch.Tensor]) -> Iterator[str]:
+    """Complain about weights that hold more than plain data, such as the packed tensors of some quantizers."""
+    if kinds := {type(tensor.data).__name__ for tensor in tensors} - {"Tensor"}:
+        yield f"weights of the {name} are of type {' and '.join(sorted(kinds))}, which cannot be moved in place."
 
 
 def _left_behind(target: Target, names: list[str], place: torch.device) -> Iterator[str]:

@@ -133,11 +133,13 @@ class Residency:
         return next((place for place in following if self._order[place] is unit), None)
 
     def _note(self, unit: Unit) -> None:
-        place = self._find(unit)
+        here, place = self._place + 1, self._find(unit)
         if place is None:
-            place = self._place + 1
-            self._order.insert(place, unit)
-        self._place = place
+            self._order.insert(here, unit)
+        else:
+            # What was passed over, and not because it is left out this time, is no longer expected here.
+            self._order[here:place] = [one for one in self._order[here:place] if self._forecast(one) is not True]
+        self._place = self._find(unit) or 0
 
     def _fetch_ahead(self) -> None:
         for following in self._following():

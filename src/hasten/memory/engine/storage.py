@@ -8,9 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
-from hasten.core.errors import HastenError
 from hasten.memory.engine.arena import Arena
 from hasten.memory.engine.weights import Unit, dense
 
@@ -104,12 +101,3 @@ def folder_problem(folder: str, needed: int) -> str | None:
     if free < needed:
         return f"the folder {folder!r} has {free / 1e9:.1f} GB free, and the weights take {needed / 1e9:.1f} GB."
     return None
-
-
-def check_moves(units: Iterable[Unit]) -> None:
-    """Raise for weights that hold more than plain data, such as the packed tensors of some quantizers."""
-    for unit in units:
-        for weight in unit.weights:
-            kind = type(weight.tensor.data)
-            if kind is not torch.Tensor:
-                raise HastenError(f"A weight of {unit.name} is a {kind.__name__}, which cannot be moved in place.")

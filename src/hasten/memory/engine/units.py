@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hasten.core.target import Target
+from hasten.memory.engine.away import taken_away
 from hasten.memory.engine.weights import Unit, all_tensors, own_tensors
 
 Kind = Literal["model", "blocks", "leaf"]
@@ -23,6 +24,7 @@ class Cut:
         self.name, self.module = name, module
         lists = list(block_lists(module, stages))
         self._taken: dict[int, Unit] = {}
+        self._elsewhere = {id(tensor) for tensor in taken_away(module)}
         self.passing: list[Unit] = []
         if kind == "blocks":
             self._by_groups(lists, group)
@@ -79,7 +81,7 @@ class Cut:
             self.passing.append(unit)
 
     def _unit(self, name: str, tensors: Iterable[torch.Tensor], modules: list[nn.Module]) -> Unit:
-        free = {id(tensor): tensor for tensor in tensors if id(tensor) not in self._taken}
+        free = {id(t): t for t in tensors if id(t) not in self._taken and id(t) not in self._elsewhere}
         unit = Unit(name, free.values(), modules)
         self._taken |= dict.fromkeys(free, unit)
         return unit
