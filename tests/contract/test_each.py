@@ -141,7 +141,7 @@ def test_engaged_raises_before_a_run_and_after_sabotage(
         self._record(obj, "sabotaged")
         return 1
 
-    for verb in ("around", "set", "restride", "swap"):
+    for verb in ("around", "set", "hold", "restride", "swap"):
         monkeypatch.setattr(Patch, verb, ignore)
     with rig.accelerated(technique) as session:
         rig.run()

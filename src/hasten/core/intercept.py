@@ -20,6 +20,9 @@ _CHAINS = "_hasten_chains"
 _BASE = "_hasten_base"
 
 
+_INNERMOST, _BETWEEN, _OUTERMOST = range(3)
+
+
 class _Chain:
     """The links around one method of one object, outermost last, and the callable composed of them."""
 
@@ -28,10 +31,8 @@ class _Chain:
         self.links: list[Interceptor] = []
         self.run = innermost
 
-    def add(self, link: Interceptor, *, outermost: bool) -> None:
-        position = len(self.links)
-        while not outermost and position and getattr(self.links[position - 1], "_hasten_outermost", False):
-            position -= 1
+    def add(self, link: Interceptor) -> None:
+        position = sum(_rank(other) <= _rank(link) for other in self.links)
         self.links.insert(position, link)
         self._compose()
 
@@ -50,16 +51,23 @@ def _wrap(inner: Callable[..., Any], link: Interceptor) -> Callable[..., Any]:
     return linked
 
 
+def _rank(link: Interceptor) -> int:
+    return cast(int, link.__dict__["_hasten_rank"])
+
+
 def base_class(obj: object) -> type:
     """Return the class `obj` had before any interception."""
     return cast(type, type(obj).__dict__.get(_BASE, type(obj)))
 
 
-def intercept(obj: object, method: str, link: Interceptor, *, outermost: bool = False) -> Callable[[], None]:
+def intercept(
+    obj: object, method: str, link: Interceptor, *, outermost: bool = False, innermost: bool = False
+) -> Callable[[], None]:
     """Put `link` around `obj.method` and return the function that takes it off again, in any order.
 
-    A later link stands outside an earlier one; one added with `outermost=True` stays outside all others.
-    Raises PatchError when the object has no such method, or cannot change its class.
+    A later link stands outside an earlier one; one added with `outermost=True` stays outside all others, one with
+    `innermost=True` inside all others: it runs only when the object's own method really does. Raises PatchError when
+    the object has no such method, or cannot change its class.
     """
     base = base_class(obj)
     _check(obj, base, method)
@@ -68,8 +76,8 @@ def intercept(obj: object, method: str, link: Interceptor, *, outermost: bool = 
         _set_class(obj, base, frozenset({*chains, method}))
         chains[method] = _Chain(_own_method(base, method, obj))
         obj.__dict__[_CHAINS] = chains
-    unique = _unique(link, outermost)
-    chains[method].add(unique, outermost=outermost)
+    unique = _unique(link, _OUTERMOST if outermost else _INNERMOST if innermost else _BETWEEN)
+    chains[method].add(unique)
     return functools.partial(_remove, obj, base, method, unique)
 
 
@@ -99,11 +107,11 @@ def _own_method(base: type, method: str, obj: object) -> Callable[..., Any]:
     return innermost
 
 
-def _unique(link: Interceptor, outermost: bool) -> Interceptor:
+def _unique(link: Interceptor, rank: int) -> Interceptor:
     def entry(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return link(call, *args, **kwargs)
 
-    entry.__dict__["_hasten_outermost"] = outermost
+    entry.__dict__["_hasten_rank"] = rank
     return entry
 
 

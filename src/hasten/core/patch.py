@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hasten.core.errors import PatchError
+from hasten.core.foresight import Foretell, foretell
 from hasten.core.intercept import Interceptor, intercept
 
 if TYPE_CHECKING:
@@ -47,9 +48,14 @@ class Patch:
         """The session's clock, installed on first use."""
         return self._clock()
 
-    def around(self, obj: object, link: Interceptor, what: str, *, method: str = "__call__") -> None:
-        """Put `link(call, *args, **kwargs)` around a method of this one object; see `core.intercept`."""
-        self._undo.append(intercept(obj, method, link))
+    def around(
+        self, obj: object, link: Interceptor, what: str, *, method: str = "__call__", innermost: bool = False
+    ) -> None:
+        """Put `link(call, *args, **kwargs)` around a method of this one object; see `core.intercept`.
+
+        With `innermost=True` it stays inside all others, and so runs only when the method itself does.
+        """
+        self._undo.append(intercept(obj, method, link, innermost=innermost))
         self._record(obj, what)
 
     def outermost(self, obj: object, link: Interceptor, what: str, *, method: str = "__call__") -> None:
@@ -96,6 +102,16 @@ class Patch:
         if changed:
             self._record(module, f"{what} ({changed} weights)")
         return changed
+
+    def hold(self, weight: torch.Tensor, data: torch.Tensor, what: str, *, owner: object) -> None:
+        """Let a parameter or buffer of `owner` hold other data; the tensor object stays, its own data come back."""
+        self._undo.append(partial(setattr, weight, "data", weight.data))
+        weight.data = data
+        self._record(owner, what)
+
+    def foretell(self, denoiser: nn.Module, answer: Foretell) -> None:
+        """Let `core.foresight.will_run` ask `answer` about blocks of a denoiser; no change, so nothing is logged."""
+        self._undo.append(foretell(denoiser, answer))
 
     def undo(self, obj: object, what: str, callback: Callable[[], object]) -> None:
         """Record a change that has just been made by other means, with the function that takes it back."""

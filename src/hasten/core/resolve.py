@@ -36,6 +36,9 @@ class Plan:
 def resolve(recipe: Recipe, target: Target) -> Plan:
     """Sort by stage (ties by name, then by settings) and collect every reason against the combination."""
     ordered = tuple(sorted(recipe, key=lambda item: (item.stage, type(item).__name__, repr(item))))
+    places = (item.runs_on(target) for item in ordered)
+    if (place := next((place for place in places if place is not None), None)) is not None:
+        target = target.running_on(place)
     refusals = [*_conflicts(ordered), *_problems(ordered, target)]
     # What a technique decides can be asked only where it can run.
     refusals += [] if refusals else _sealed(ordered, target)

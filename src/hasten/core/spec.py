@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -133,6 +133,16 @@ class DenoiserSpec:
     """Which half of a guided batch follows the prompt; with separate calls, which call of a step."""
     modulation: tuple[str, ...] = ()
     """Glob patterns of the linears that depend on timestep (and pooled text) alone."""
+    timed: tuple[str, ...] = ()
+    """Of `modulation`, the linears that come after the embedding of timestep, guidance and pooled text (or class)."""
+    time_inputs: Callable[[nn.Module, Mapping[str, Any]], Iterator[tuple[str, torch.Tensor]]] | None = field(
+        default=None, hash=False
+    )
+    """From the model and a call's arguments by name: what each of `timed` is given, as pairs of glob and input.
+
+    It reads no other arguments than those that the inputs depend on; of the picture only type and shape. It yields
+    nothing for a call in which a linear would be given several things.
+    """
     timestep: str = "timestep"
     """Name of the timestep argument."""
     latents: str = "hidden_states"

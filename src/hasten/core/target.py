@@ -116,6 +116,12 @@ class Target:
         """Name of the first denoiser's specification."""
         return self.denoisers[0].spec.name
 
+    def running_on(self, device: torch.device) -> Target:
+        """The same target, computing on a device that its weights are brought to."""
+        moved = Target(self.pipeline, self.denoisers, self.title)
+        moved.__dict__["device"] = device
+        return moved
+
     def names(self) -> dict[int, str]:
         """Map `id(object)` to a readable path for every component and sub-module."""
         found = {id(self.pipeline): "pipeline"} if self.pipeline is not None else {}

@@ -16,6 +16,8 @@ Seal = Literal["open", "compiled", "recorded"]
 Decision = Literal["nothing", "beforehand", "within"]
 
 if TYPE_CHECKING:
+    import torch
+
     from hasten.core.patch import Patch
     from hasten.core.recipe import Recipe
     from hasten.core.session import Session
@@ -105,6 +107,10 @@ class Technique:
     def decides(self, target: Target) -> Decision:
         """What is left out inside the denoiser's call: "nothing"; parts decided "beforehand"; or "within" the call."""
         return "nothing"
+
+    def runs_on(self, target: Target) -> torch.device | None:
+        """Where the denoiser computes with this technique, if not where its weights are now."""
+        return None
 
     def problems(self, target: Target) -> Iterable[str]:
         """Yield one plain sentence for each reason why this cannot run on `target`."""
@@ -209,6 +215,8 @@ def _convert(value: object, hint: object) -> object:
 
 
 def _convert_tuple(value: object, arguments: tuple[object, ...]) -> object:
+    if isinstance(value, Mapping):  # as pairs, so that the technique can be hashed
+        value = tuple(cast("Mapping[object, object]", value).items())
     if not isinstance(value, tuple | list):
         return _MISFIT
     items = tuple(_convert(element, arguments[0]) for element in cast("tuple[object, ...]", value))

@@ -1,8 +1,13 @@
-"""Random tensors that example inputs are made of, and how tokens make up a picture."""
+"""Random tensors that example inputs are made of, how tokens make up a picture, and what U-Nets share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -26,3 +31,16 @@ def unpacked(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor | No
         return None
     grid = tokens[:, : rows * columns].reshape(batch, rows, columns, width // 4, 2, 2)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, width // 4, 2 * rows, 2 * columns)
+
+
+def unet_time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All residual blocks of a U-Net take the same embedding of timestep, size and pooled text."""
+    module: Any = model
+    picture = given["sample"]
+    waves = module.get_time_embed(sample=picture, timestep=given["timestep"])
+    embedded = module.time_embedding(waves, given.get("timestep_cond"))
+    if module.config.addition_embed_type == "text_time":
+        embedded = embedded + module.get_aug_embed(embedded, None, given["added_cond_kwargs"])
+    if module.time_embed_act is not None:
+        embedded = module.time_embed_act(embedded)
+    yield "*.resnets.*.time_emb_proj", F.silu(embedded)

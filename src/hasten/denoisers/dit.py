@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
@@ -27,6 +28,17 @@ def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     """What the first attention sees: the picture, normalized and modulated by timestep and class."""
     picture = given["hidden_states"]
     return block.norm1(picture, given["timestep"], given["class_labels"], hidden_dtype=picture.dtype)[0]  # pyright: ignore
+
+
+def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every block embeds timestep and class itself; the output takes the first block's embedding."""
+    module: Any = model
+    kind = given["hidden_states"].dtype
+    for index, block in enumerate(module.transformer_blocks):
+        embedded = F.silu(block.norm1.emb(given["timestep"], given["class_labels"], hidden_dtype=kind))
+        yield f"transformer_blocks.{index}.norm1.linear", embedded
+        if index == 0:
+            yield "proj_out_1", embedded
 
 
 def _released(pixels: int) -> Released:
@@ -87,5 +99,7 @@ DIT = DenoiserSpec(
         "transformer_blocks.*.norm1.linear",
         "proj_out_1",
     ),
+    timed=("transformer_blocks.*.norm1.linear", "proj_out_1"),
+    time_inputs=_time_inputs,
     released={"DiT-XL-2-256": _released(256), "DiT-XL-2-512": _released(512)},
 )

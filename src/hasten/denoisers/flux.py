@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
@@ -45,6 +46,13 @@ def _unpack(given: Mapping[str, Any]) -> torch.Tensor | None:
     own = ids[..., 0].flatten() == 0
     rows, columns = (int(number) + 1 for number in (ids.reshape(-1, 3)[:, 1:] * own[:, None]).amax(0).tolist())
     return unpacked(given["hidden_states"], rows, columns)
+
+
+def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All adaptive norms take the same embedding of timestep, guidance and pooled text."""
+    kind, guidance = given["hidden_states"].dtype, given.get("guidance")
+    times = [value.to(kind) * 1000 for value in (given["timestep"], guidance) if value is not None]
+    yield "*norm*.linear", F.silu(model.time_text_embed(*times, given["pooled_projections"]))  # pyright: ignore
 
 
 def _released(name: str, *, guidance_embeds: bool, steps: int, text_tokens: int) -> Released:
@@ -117,6 +125,8 @@ FLUX = DenoiserSpec(
         "single_transformer_blocks.*.norm.linear",
         "norm_out.linear",
     ),
+    timed=("*norm*.linear",),
+    time_inputs=_time_inputs,
     unpack=_unpack,
     released={
         "FLUX.1-dev": _released("FLUX.1-dev", guidance_embeds=True, steps=28, text_tokens=512),

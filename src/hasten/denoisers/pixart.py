@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
@@ -40,6 +41,15 @@ def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     picture = given["hidden_states"]
     shift, scale, *_ = (module.scale_shift_table[None] + given["timestep"].reshape(len(picture), 6, -1)).chunk(6, dim=1)
     return module.norm1(picture) * (1 + scale) + shift
+
+
+def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """One linear makes the modulation of all blocks, from the embedding of timestep and size."""
+    module: Any = model
+    picture = given["hidden_states"]
+    sizes = given.get("added_cond_kwargs") or {"resolution": None, "aspect_ratio": None}
+    embedded = module.adaln_single.emb(given["timestep"], **sizes, batch_size=len(picture), hidden_dtype=picture.dtype)
+    yield "adaln_single.linear", F.silu(embedded)
 
 
 def _released(name: str, *, pixels: int, text_tokens: int, sizes: bool, pipeline: str) -> Released:
@@ -96,6 +106,8 @@ PIXART = DenoiserSpec(
     repeated_blocks=("BasicTransformerBlock",),
     attention=("Attention",),
     modulation=("adaln_single.emb.*.linear_?", "adaln_single.linear"),
+    timed=("adaln_single.linear",),
+    time_inputs=_time_inputs,
     released={
         "PixArt-XL-2-512x512": _released(
             "PixArt-XL-2-512x512", pixels=512, text_tokens=120, sizes=False, pipeline="PixArtAlphaPipeline"

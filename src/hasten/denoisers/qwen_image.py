@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
@@ -37,6 +38,17 @@ def _unpack(given: Mapping[str, Any]) -> torch.Tensor | None:
     shapes = given["img_shapes"]
     shape = shapes[0] if isinstance(shapes[0], tuple) else shapes[0][0]
     return unpacked(given["hidden_states"], *shape[1:]) if shape[0] == 1 else None
+
+
+def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All blocks take the same embedding; models that edit pictures embed time 0, for the given pictures, as well."""
+    module: Any = model
+    time = given["timestep"].to(given["hidden_states"].dtype)
+    times = torch.cat([time, time * 0]) if module.zero_cond_t else time
+    guidance = () if given.get("guidance") is None else (given["guidance"].to(time.dtype) * 1000,)
+    embedded = module.time_text_embed(times, *guidance, given["hidden_states"], given.get("additional_t_cond"))
+    yield "transformer_blocks.*_mod.1", F.silu(embedded)
+    yield "norm_out.linear", F.silu(embedded[: len(time)])
 
 
 QWEN_IMAGE = DenoiserSpec(
@@ -74,6 +86,8 @@ QWEN_IMAGE = DenoiserSpec(
         "transformer_blocks.*.txt_mod.1",
         "norm_out.linear",
     ),
+    timed=("transformer_blocks.*_mod.1", "norm_out.linear"),
+    time_inputs=_time_inputs,
     unpack=_unpack,
     released={
         "Qwen-Image": Released(

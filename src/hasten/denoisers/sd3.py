@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
@@ -26,6 +27,12 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
 def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     """What the joint attention sees of the picture."""
     return block.norm1(given["hidden_states"], emb=given["temb"])[0]  # pyright: ignore
+
+
+def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All adaptive norms take the same embedding of timestep and pooled text."""
+    embedded = model.time_text_embed(given["timestep"], given["pooled_projections"])  # pyright: ignore
+    yield "*norm*.linear", F.silu(embedded)
 
 
 def _released(
@@ -95,6 +102,8 @@ SD3 = DenoiserSpec(
         "transformer_blocks.*.norm1_context.linear",
         "norm_out.linear",
     ),
+    timed=("*norm*.linear",),
+    time_inputs=_time_inputs,
     released={
         "stable-diffusion-3-medium": _released("stable-diffusion-3-medium-diffusers", layers=24, max_size=192),
         "stable-diffusion-3.5-medium": _released(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, UNetStages
-from hasten.denoisers._inputs import normal
+from hasten.denoisers._inputs import normal, unet_time_inputs
 
 __all__ = ["SDXL"]
 
@@ -55,6 +55,8 @@ SDXL = DenoiserSpec(
     repeated_blocks=("BasicTransformerBlock",),
     attention=("Attention",),
     modulation=("time_embedding.linear_?", "add_embedding.linear_?", "*.resnets.*.time_emb_proj"),
+    timed=("*.resnets.*.time_emb_proj",),
+    time_inputs=unet_time_inputs,
     released={
         "stable-diffusion-xl-base-1.0": Released(
             config={

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, UNetStages
-from hasten.denoisers._inputs import normal
+from hasten.denoisers._inputs import normal, unet_time_inputs
 
 __all__ = ["STABLE_DIFFUSION"]
 
@@ -52,6 +52,8 @@ STABLE_DIFFUSION = DenoiserSpec(
     repeated_blocks=("BasicTransformerBlock",),
     attention=("Attention",),
     modulation=("time_embedding.linear_?", "*.resnets.*.time_emb_proj"),
+    timed=("*.resnets.*.time_emb_proj",),
+    time_inputs=unet_time_inputs,
     released={
         "stable-diffusion-v1-5": Released(
             config={**_COMMON, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,16 @@ def _config(*, layers: int, heads: int, ffn: int, channels: int = 16) -> Config:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
     }
+
+
+def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """One linear makes the modulation of all blocks, from the timestep, which each token may have its own of."""
+    embedder: Any = model.condition_embedder
+    time = given["timestep"]
+    waves = embedder.timesteps_proj(time.flatten()).unflatten(0, time.shape)
+    kind = next(embedder.time_embedder.parameters()).dtype
+    embedded = embedder.time_embedder(waves.to(kind)).type_as(given["hidden_states"])
+    yield "condition_embedder.time_proj", embedder.act_fn(embedded)
 
 
 def _released(name: str, config: Config, *, width: int, height: int, steps: int, frames: int) -> Released:
@@ -94,6 +104,8 @@ WAN = DenoiserSpec(
     frames_per_token=1,
     conditional="first",
     modulation=("condition_embedder.time_embedder.linear_?", "condition_embedder.time_proj"),
+    timed=("condition_embedder.time_proj",),
+    time_inputs=_time_inputs,
     released={
         "Wan2.1-T2V-1.3B": _released("Wan2.1-T2V-1.3B", _SMALL, width=832, height=480, steps=50, frames=81),
         "Wan2.1-T2V-14B": _released("Wan2.1-T2V-14B", _LARGE, width=1280, height=720, steps=50, frames=81),

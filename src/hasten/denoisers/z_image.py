@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
@@ -31,6 +32,17 @@ def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     time = given["adaln_input"] if given.get("noise_mask") is None else given["adaln_noisy"]
     scale = 1.0 + module.adaLN_modulation(time).unsqueeze(1).chunk(4, dim=2)[0]
     return module.attention_norm1(given["x"]) * scale
+
+
+def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All blocks take the same embedding of the timestep; with clean pictures beside noisy ones there are two."""
+    module: Any = model
+    if isinstance(given["x"][0], list):
+        return
+    embedded = module.t_embedder(given["t"] * module.t_scale).type_as(given["x"][0])
+    yield "noise_refiner.*.adaLN_modulation.0", embedded
+    yield "layers.*.adaLN_modulation.0", embedded
+    yield "all_final_layer.*.adaLN_modulation.1", F.silu(embedded)
 
 
 def _released(name: str, *, steps: int) -> Released:
@@ -98,6 +110,8 @@ Z_IMAGE = DenoiserSpec(
         "layers.*.adaLN_modulation.0",
         "all_final_layer.*.adaLN_modulation.1",
     ),
+    timed=("noise_refiner.*.adaLN_modulation.0", "layers.*.adaLN_modulation.0", "all_final_layer.*.adaLN_modulation.1"),
+    time_inputs=_time_inputs,
     timestep="t",
     sign=-1,
     latents="x",

@@ -1,3 +1,7 @@
 """Offload, device maps and other ways to need less memory."""
 
-__all__: list[str] = []
+from hasten.memory.modulation_table import ModulationTable
+from hasten.memory.offload import Offload
+from hasten.memory.one_at_a_time import OneAtATime
+
+__all__ = ["ModulationTable", "Offload", "OneAtATime"]

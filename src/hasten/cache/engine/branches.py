@@ -40,6 +40,8 @@ class BranchSite:
         self._branches: list[_Cell] = []
         self._given: list[_Cell] = []
         self.keeping = self.reusing = False
+        self._inside: dict[int, _Cell] = {}
+        self._left_out: list[_Cell] = []
 
     def install(self, patch: Patch) -> None:
         """Intercept the branches of every block, and the sub-modules that do nothing but feed one of them."""
@@ -51,6 +53,12 @@ class BranchSite:
             else:
                 cell = self._new_cell()
                 patch.around(module, self._around(cell, fed, _hollow), "is left out on reused steps")
+            self._inside |= {id(part): cell for part in module.modules()}
+        patch.foretell(self._denoiser.module, self._will_run)
+
+    def _will_run(self, module: nn.Module) -> bool:
+        """What `core.foresight` asks: nothing runs inside a branch whose output is given."""
+        return self._inside.get(id(module)) not in self._left_out
 
     def _new_cell(self, *lists: list[_Cell]) -> _Cell:
         cell = _Cell()
@@ -68,6 +76,7 @@ class BranchSite:
         for cell, output in zip(self._cells, value, strict=True):
             cell.output = output
         self._given = [cell for cell in self._branches if cell.output is not None]
+        self._left_out = [cell for cell in self._cells if cell.output is not None]
 
     def ask(self, judge: Judge) -> None:
         """There is no front: blocks are taken apart."""
@@ -80,7 +89,7 @@ class BranchSite:
     def rest(self) -> None:
         """Forget all outputs and leave calls alone."""
         self.keeping = self.reusing = False
-        self._given = []
+        self._given, self._left_out = [], []
         for cell in self._cells:
             cell.output, cell.spoilt = None, False
 

@@ -84,7 +84,7 @@ class DeepFeatureSite:
     afresh: tuple[str, ...] = ()
 
     def __init__(self, denoiser: Denoiser, cut: Cut) -> None:
-        self._stages, self._cut = _Stages(denoiser), cut
+        self._denoiser, self._stages, self._cut = denoiser, _Stages(denoiser), cut
         self._first_up = len(_layers(self._stages.ups[cut.stage])) - 1 - cut.layers
         self._keeping = self._reusing = self._served = False
         self._feature: torch.Tensor | None = None
@@ -130,8 +130,7 @@ class DeepFeatureSite:
             return
         judge, self._judge = self._judge, None
         before = self._entered if self._entered is not None and self._entered.shape == hidden.shape else None
-        value = judge(hidden, before)
-        if value is not None:
+        if (value := judge(hidden, before)) is not None:
             self._keeping, self._reusing, self._feature = False, True, value
 
     def install(self, patch: Patch) -> None:
@@ -146,6 +145,22 @@ class DeepFeatureSite:
         if cut.layers:
             self._install_down(stages.downs[cut.stage], patch)
         self._install_up(stages.ups[cut.stage], patch)
+        self._deep = {id(part) for module in self._inside_the_cut() for part in module.modules()}
+        patch.foretell(self._denoiser.module, self._will_run)
+
+    def _will_run(self, module: nn.Module) -> bool | None:
+        if id(module) not in self._deep:
+            return True
+        return None if self._judge is not None else not self._reusing
+
+    def _inside_the_cut(self) -> Iterator[nn.Module]:
+        """What a shallow run leaves out: deeper stages, and deeper layers of the pair of stages that is cut."""
+        stages, cut = self._stages, self._cut
+        down, up = stages.downs[cut.stage], stages.ups[cut.stage]
+        yield from (*stages.downs[cut.stage + 1 :], *stages.ups[cut.stage + 1 :], *filter(None, [stages.mid]))
+        yield from (layer for layers in _lists(down) for layer in layers[cut.layers :])
+        yield from _list(down, "downsamplers") or ()
+        yield from (layer for layers in _lists(up) for layer in layers[: self._first_up])
 
     def _install_down(self, down: nn.Module, patch: Patch) -> None:
         patch.around(down, self._partial_down(down), "runs its first layers on reused steps")
@@ -153,8 +168,7 @@ class DeepFeatureSite:
         for layers in earlier:
             patch.around(layers, self._outer, "is iterated lazily", method="__iter__")
         patch.around(last, self._outer_and_seen, "is iterated lazily", method="__iter__")
-        samplers = _list(down, "downsamplers")
-        if samplers is not None:
+        if (samplers := _list(down, "downsamplers")) is not None:
             patch.around(samplers, self._none_on_reuse, "is iterated lazily", method="__iter__")
 
     def _install_up(self, up: nn.Module, patch: Patch) -> None:
@@ -199,7 +213,7 @@ class DeepFeatureSite:
         if not self._reusing:
             return call(*args, **kwargs)
         self._served = True
-        _, skips, *others = (*args, *_given(kwargs, ("hidden_states", "res_hidden_states_tuple")[len(args) :]))
+        _, skips, *others = (*args, *map(kwargs.pop, ("hidden_states", "res_hidden_states_tuple")[len(args) :]))
         assert self._feature is not None
         return call(self._unshared(self._feature), skips[: self._cut.layers + 1], *others, **kwargs)
 
@@ -247,11 +261,6 @@ class DeepFeatureSite:
         """A copy where the stage would change the feature: FreeU scales what enters a layer in place."""
         has_freeu = getattr(self._stages.ups[self._cut.stage], "b1", None) is not None
         return feature.clone() if has_freeu else feature
-
-
-def _given(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
-    """Take arguments given by name out of `kwargs`."""
-    return [kwargs.pop(name) for name in names]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

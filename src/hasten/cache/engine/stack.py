@@ -47,6 +47,8 @@ class StackSite:
         self._armed = self._keeping = self._reusing = self._blockwise = False
         self._beginning: torch.Tensor | None = None
         self._head: Streams = {}
+        self._decided = False
+        self._index: dict[int, int] = {}
 
     @property
     def kept(self) -> Streams | None:
@@ -63,6 +65,9 @@ class StackSite:
         for stack, offset in zip(self._stacks, self._offsets, strict=True):
             modules = self._denoiser.stack(stack)
             patch.around(modules, self._iterating(stack, offset), "blocks are iterated lazily", method="__iter__")
+            for index, block in enumerate(modules, offset):
+                self._index |= {id(part): index for part in block.modules()}
+        patch.foretell(self._denoiser.module, self._will_run)
 
     def keep(self) -> None:
         """Compute all blocks and keep what those in the middle add."""
@@ -78,7 +83,7 @@ class StackSite:
 
     def rest(self) -> None:
         """Leave calls alone."""
-        self._keeping = self._reusing = False
+        self._keeping = self._reusing = self._decided = False
         self._value = self._judge = self._beginning = None
         self._kept, self._head = {}, {}
 
@@ -110,6 +115,15 @@ class StackSite:
     def _is_middle(self, index: int) -> bool:
         return self._front <= index < self._after_middle
 
+    def _will_run(self, module: nn.Module) -> bool | None:
+        """What `core.foresight` asks: blocks in the middle are left out when a value is to be added in their place."""
+        index = self._index.get(id(module))
+        if index is None or not self._is_middle(index):
+            return True
+        if self._reusing or self._value is not None:
+            return False
+        return True if self._judge is None or self._decided else None
+
     def enter(self, block: SeenBlock, before: Streams, arguments: Mapping[str, Any]) -> Streams | None:
         """Before a block runs: returns the streams to pass on in its place, or None to run it."""
         if block.index == 0:
@@ -133,7 +147,7 @@ class StackSite:
     ) -> Streams | None:
         """At the end of the front: the streams with the value added when it is reused, otherwise None."""
         value = self._judge(*signal()) if self._judge is not None else self._value
-        self._reusing = value is not None
+        self._reusing, self._decided = value is not None, True
         if value is None:
             self._head = {} if self._blockwise else streams
             return None
