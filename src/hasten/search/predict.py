@@ -199,11 +199,12 @@ class MemoryPlan:
 
     @property
     def front(self) -> list[Prediction]:
-        """The fastest for each amount of memory, without and with changes to the picture; the fastest first."""
-        kept: list[Prediction] = []
+        """The plain pipeline, and the fastest for each amount of memory, without and with changes to the picture."""
+        kept = [p for p in self.predictions if not p.recipe.techniques]
         known = [p for p in self.predictions if p.seconds is not None and p.memory is not None]
         for one in sorted(known, key=lambda p: (p.seconds, p.lossy, len(p.recipe))):
-            if not any((k.memory or 0) <= (one.memory or 0) and k.lossy <= one.lossy for k in kept):
+            better = [k for k in kept if (k.seconds or 0) <= (one.seconds or 0) and k.lossy <= one.lossy]
+            if not any((k.memory or 0) <= (one.memory or 0) for k in better):
                 kept.append(one)
         return kept
 

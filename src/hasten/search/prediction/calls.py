@@ -1,8 +1,8 @@
-"""One call of each part of a pipeline, with arguments of the right shapes on the meta device."""
+"""One call of each part of a pipeline, with arguments of the right shapes, on the meta device or a real one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,7 +75,7 @@ def _denoising(model: PlannedModel, workload: Workload, denoiser: Denoiser) -> C
             text_tokens=_text_tokens(model, workload, denoiser),
         ),
     )
-    arguments: dict[str, Any] = tree_map(lambda value: _to_meta(value, model.target.dtype), given)
+    arguments: dict[str, Any] = tree_map(lambda value: _moved(value, model.target.device, model.dtype), given)
     return Call(denoiser.name, denoiser.module, lambda: denoiser.module(**arguments), twice // batched)
 
 
@@ -92,7 +92,9 @@ def _latent_frames(model: PlannedModel) -> int:
 
 def _encoding(model: PlannedModel, workload: Workload, name: str) -> Call:
     module = model.target.modules[name]
-    ids = torch.zeros(workload.batch, _encoder_tokens(model, workload, name), dtype=torch.long, device="meta")
+    ids = torch.zeros(
+        workload.batch, _encoder_tokens(model, workload, name), dtype=torch.long, device=model.target.device
+    )
     return Call(name, module, lambda: module(ids), 2 if guided(model, workload) else 1)
 
 
@@ -113,28 +115,20 @@ def _decoding(model: PlannedModel, workload: Workload, vae: nn.Module) -> Call:
     if "z_dim" in config:  # a VAE of videos
         shape = (*shape[:2], _latent_frames(model), *shape[2:])
     if upcasts(model):
-        vae = nn.Module.to(meta_copy(vae), torch.float32)
-    latents = torch.zeros(shape, dtype=next(vae.parameters()).dtype, device="meta")
+        vae = nn.Module.to(meta_copy(vae) if model.target.device.type == "meta" else vae, torch.float32)
+    latents = torch.zeros(shape, dtype=next(vae.parameters()).dtype, device=model.target.device)
     return Call("vae", vae, lambda: cast(Any, vae).decode(latents, return_dict=False))
 
 
 def upcasts(model: PlannedModel) -> bool:
     """Does the pipeline decode in float32, because the VAE overflows in float16?"""
     vae, kind = model.target.vae, cast(Any, model.target.pipeline).kind
-    overflows = vae is not None and configuration(vae).get("force_upcast") is True
-    return overflows and hasattr(kind, "upcast_vae") and next(vae.parameters()).dtype == torch.float16
+    if vae is None or configuration(vae).get("force_upcast") is not True:
+        return False
+    return hasattr(kind, "upcast_vae") and next(vae.parameters()).dtype == torch.float16
 
 
-def _to_meta(value: Any, dtype: torch.dtype) -> Any:
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to("meta", dtype if value.is_floating_point() else value.dtype)
-
-
-def bytes_of(value: Any) -> int:
-    """Bytes of all tensors in a structure."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(bytes_of(item) for item in cast("Mapping[Any, Any]", value).values())
-    return sum(bytes_of(item) for item in cast("list[Any]", value)) if isinstance(value, list | tuple) else 0
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)

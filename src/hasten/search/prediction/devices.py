@@ -113,6 +113,7 @@ def _from_entry(name: str, entry: dict[str, Any], table: dict[str, Any]) -> Devi
             processors=facts["processors"],
             reserve=int(facts["reserve_mib"]) * 2**20,
             workspace=int(facts["workspace_mib"]) * 2**20,
+            overlaps=facts["overlaps"],
             basis=facts["basis"],
             source=facts["source"],
             **{f"{what}_seconds": facts[f"{what}_us"] * 1e-6 for what in _HOST},
@@ -126,4 +127,5 @@ _HOST = ("kernel", "launch", "view", "module", "graph")
 
 def _rates(facts: dict[str, Any], share: float) -> dict[str, float]:
     # Products in float32 do not use tensor cores, unless told to; attention and convolutions fare alike.
-    return {"half": facts["half_tflops"] * 1e12 * share, "float32": facts["float32_tflops"] * 1e12 * min(share, 0.7)}
+    single = min(share, facts["float32_share_at_most"])
+    return {"half": facts["half_tflops"] * 1e12 * share, "float32": facts["float32_tflops"] * 1e12 * single}

@@ -12,25 +12,28 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from hasten.core.errors import HastenError
 from hasten.core.files import atomic_write_text, json_text, read_json
+from hasten.core.registry import specs
 from hasten.core.user_cache import user_cache
 from hasten.measure.environment import environment
 from hasten.measure.instruments import synchronize
 from hasten.search.prediction.devices import Device, device_titled
+from hasten.search.prediction.networks import meta_copy
+from hasten.search.prediction.roofline import duration
+from hasten.search.prediction.trace import trace
 
 BUDGET = 1.3
 """Seconds for each of about fifteen measurements."""
-_MANY = 200
-"""Small operations that are timed together."""
 
 
 def measure_device(device: torch.device, budget: float = BUDGET) -> Device:
     """Measure products, attention, convolutions, copies and the host's overheads on a device, and keep the result."""
     bench = _Bench(device, budget)
     half, gpu = (torch.bfloat16 if device.type == "cuda" else torch.float32), device.type == "cuda"
-    launch = bench.seconds(lambda: _small_additions(bench.small)) / _MANY
+    copied = bench.copied()
     found = Device(
         name="here",
         title=_title(device),
@@ -38,19 +41,17 @@ def measure_device(device: torch.device, budget: float = BUDGET) -> Device:
         product=_both(bench.product, half),
         attention=_both(bench.attention, half),
         convolution=_both(bench.convolution, half),
-        bandwidth=bench.copied(1.0),
-        pass_share=min(1.0, bench.passed() / bench.copied(0.5)),
-        host_link=bench.link() if gpu else bench.copied(0.5),
+        bandwidth=copied,
+        pass_share=min(1.0, bench.passed() / copied),
+        host_link=bench.link() if gpu else copied,
         processors=torch.cuda.get_device_properties(device).multi_processor_count if gpu else 1,
         kernel_seconds=2e-6 if gpu else 0.0,
-        launch_seconds=launch,
-        view_seconds=bench.seconds(lambda: _views(bench.small)) / _MANY,
-        module_seconds=max(bench.seconds(lambda: _modules(bench.layer, bench.small)) / _MANY - launch, 0.0),
         reserve=600 * 2**20 if gpu else 0,
         workspace=32 * 2**20 if gpu else 0,
         overlaps=gpu,
         basis="measured here",
     )
+    found = _with_host(found, bench)
     atomic_write_text(_file(device), json_text(dataclasses.asdict(found)))
     return found
 
@@ -64,6 +65,21 @@ def device_here(device: torch.device) -> Device | None:
         except (HastenError, TypeError):  # damaged, or written by another version
             return device_titled(_title(device))
     return device_titled(_title(device))
+
+
+def _with_host(found: Device, bench: _Bench) -> Device:
+    """Scale the host's overheads so that they explain the time of a small U-Net, whose arithmetic takes none."""
+    spec = specs()["sdxl"]
+    model = spec.build_tiny().to(bench.device)
+    given: dict[str, Any] = tree_map(lambda value: value.to(bench.device), spec.example(spec.tiny))
+    with torch.no_grad():
+        took = bench.seconds(lambda: model(**given))
+    small = meta_copy(model)
+    meta: dict[str, Any] = tree_map(lambda value: value.to("meta"), given)
+    predicted = duration(trace(lambda: small(**meta), small), found)
+    host = took if found.overlaps else max(took - predicted.device, 0.1 * took)
+    names = ("launch_seconds", "view_seconds", "module_seconds")
+    return dataclasses.replace(found, **{name: getattr(found, name) * host / predicted.host for name in names})
 
 
 def _file(device: torch.device) -> Path:
@@ -92,8 +108,6 @@ class _Bench:
     def __init__(self, device: torch.device, budget: float) -> None:
         self.device, self.budget = device, budget
         self._large = device.type == "cuda"
-        self.small = torch.zeros(16, 16, device=device)
-        self.layer = nn.Identity()
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Median seconds of `work` within the budget, after one call that does not count."""
@@ -129,36 +143,19 @@ class _Bench:
         with torch.no_grad():
             return 2 * 9 * channels**2 * side**2 / self.seconds(lambda: layer(picture))
 
-    def copied(self, share: float) -> float:
+    def copied(self) -> float:
         """Bytes a second that a copy reads and writes."""
-        count = int((2**28 if self._large else 2**25) * share)
-        source, target = torch.zeros(2, count, device=self.device)
-        return 8 * count / self.seconds(lambda: target.copy_(source))
+        source = torch.ones(2**28 if self._large else 2**24, device=self.device)
+        target = torch.ones_like(source)
+        return 2 * source.nbytes / self.seconds(lambda: target.copy_(source))
 
     def passed(self) -> float:
-        """Bytes a second that an elementwise product reads and writes."""
-        count = 2**27 if self._large else 2**24
-        source = torch.zeros(count, device=self.device)
-        return 12 * count / self.seconds(lambda: source * source)
+        """Bytes a second that an elementwise product reads and writes, into memory that it asks for."""
+        source = torch.ones(2**27 if self._large else 2**20, device=self.device)
+        return 3 * source.nbytes / self.seconds(lambda: torch.mul(source, source))
 
     def link(self) -> float:
         """Bytes a second from page-locked host memory."""
         source = torch.zeros(2**26, pin_memory=True)
         target = torch.empty_like(source, device=self.device)
         return 2**28 / self.seconds(lambda: target.copy_(source, non_blocking=True))
-
-
-def _small_additions(value: torch.Tensor) -> None:
-    for _ in range(_MANY):
-        value + value
-
-
-def _views(value: torch.Tensor) -> None:
-    for _ in range(_MANY):
-        value.view(-1)
-
-
-def _modules(layer: nn.Module, value: torch.Tensor) -> None:
-    # A module's own code is some lines around its call; Identity alone would be ten times cheaper than any of them.
-    for _ in range(_MANY):
-        layer(value + value)

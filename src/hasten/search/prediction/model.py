@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -55,6 +56,14 @@ class PlannedModel:
         return {name: weight_bytes(module) for name, module in self.target.modules.items()}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of most of the denoiser's weights; some are kept in float32."""
+        counts: Counter[torch.dtype] = Counter()
+        for weight in self.target.denoisers[0].module.parameters():
+            counts[weight.dtype] += weight.numel()
+        return counts.most_common(1)[0][0]
+
+    @property
     def scale(self) -> int:
         """Pixels per latent pixel, along one side."""
         return int(cast(Any, self.target.pipeline).vae_scale_factor)
@@ -65,14 +74,15 @@ class PlannedModel:
         return tuple(name for name in self.target.modules if name.startswith("text_encoder"))
 
 
-def planned_model(name: str, dtype: torch.dtype = torch.bfloat16) -> PlannedModel:
+def planned_model(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> PlannedModel:
     """Describe a released model (`FLUX.1-dev`, also as `owner/FLUX.1-dev`), a bundled one, or a folder.
 
-    Of a folder only model_index.json and the configuration files are read. Raises UnknownName with neighbours.
+    Of a folder only model_index.json and the configuration files are read. On another device than "meta" the parts
+    of a released model have random weights, to measure what was predicted. Raises UnknownName with neighbours.
     """
     short = name.rpartition("/")[2] if not Path(name).is_dir() else name
     if short.casefold() in {model.casefold() for model in released_models()} and short not in bundled():
-        return _released(short, dtype)
+        return _released(short, dtype, device)
     try:
         folder = find_folder(name)
     except UnknownName:
@@ -108,16 +118,16 @@ def _names_a_network(entry: object) -> bool:
     return isinstance(entry, list) and len(pair) == 2 and all(isinstance(item, str) for item in pair)
 
 
-def _released(name: str, dtype: torch.dtype) -> PlannedModel:
+def _released(name: str, dtype: torch.dtype, device: str) -> PlannedModel:
     spec, released = find_released(name)
     name = next(model for model in spec.released if model.casefold() == name.casefold())
     known = _components()["models"].get(name)
     if known is None:
         raise UnknownName("released model whose text encoders and VAE are known", name, _components()["models"])
     first = "unet" if spec.unet else "transformer"
-    parts = {part: _network(network, dtype) for part, network in known["parts"].items()}
+    parts = {part: _network(network, dtype, device) for part, network in known["parts"].items()}
     for part in (first, f"{first}_2")[: known.get("denoisers", 1)]:
-        parts[part] = build("diffusers", spec.model_class, released.config, dtype)
+        parts[part] = build("diffusers", spec.model_class, released.config, dtype, device)
     parts["scheduler"] = find_class("diffusers", known["scheduler"])()
     return _assembled(
         name, parts, find_class("diffusers", released.pipeline), _usual(released),
@@ -130,9 +140,9 @@ def _usual(released: Released) -> Workload:
     return Workload(width=released.width, height=released.height, steps=released.steps)
 
 
-def _network(name: str, dtype: torch.dtype) -> nn.Module:
+def _network(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     entry = _components()["networks"][name]
-    return build(entry["library"], entry["class"], entry["config"], dtype)
+    return build(entry["library"], entry["class"], entry["config"], dtype, device)
 
 
 def _components() -> dict[str, Any]:

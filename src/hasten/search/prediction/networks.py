@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,8 @@ from hasten.core.errors import HastenError
 from hasten.core.intercept import base_class
 
 
-def build(library: str, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """Make the network that `from_pretrained(torch_dtype=dtype)` would load, on the meta device.
+def build(library: str, name: str, config: Mapping[str, Any], dtype: torch.dtype, device: str = "meta") -> nn.Module:
+    """Make the network that `from_pretrained(torch_dtype=dtype)` would load: without weights, or with random ones.
 
     `library` and `name` are as in a pipeline's model_index.json. Weights that their class keeps in float32 are so
     here. Raises HastenError for classes that do not exist and for configurations that their class refuses.
@@ -22,7 +23,7 @@ def build(library: str, name: str, config: Mapping[str, Any], dtype: torch.dtype
     cls = find_class(library, name)
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
-        with torch.device("meta"):
+        with torch.device(device), _made_in(dtype if device != "meta" else torch.float32):
             module = _made(cls, plain)
     except Exception as error:
         raise HastenError(f"The configuration of {name} cannot be used: {' '.join(str(error).split())}") from error
@@ -46,6 +47,17 @@ def _made(cls: Any, config: dict[str, Any]) -> nn.Module:
     if hasattr(cls, "from_config") and hasattr(cls, "load_config"):
         return cls.from_config(config)
     return cls(cls.config_class.from_dict(config))
+
+
+@contextmanager
+def _made_in(dtype: torch.dtype) -> Generator[None]:
+    """Let new weights have a type at once: those of the largest models do not fit in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -98,5 +110,5 @@ def weight_bytes(module: nn.Module) -> int:
 
 def configuration(module: nn.Module) -> Mapping[str, Any]:
     """A network's configuration; transformers keep an object."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     return cast("Mapping[str, Any]", config.to_dict() if hasattr(config, "to_dict") else config or {})

@@ -87,9 +87,7 @@ def _occupied(shape: tuple[int, int, int, int], processors: int) -> float:
     return max(_share(batch, rows, columns, tile, split, processors) for tile in TILES for split in SPLITS)
 
 
-def _share(
-    batch: int, rows: int, columns: int, tile: tuple[int, int, float], split: int, processors: int
-) -> float:
+def _share(batch: int, rows: int, columns: int, tile: tuple[int, int, float], split: int, processors: int) -> float:
     height, width, quality = tile
     tiles = batch * math.ceil(rows / height) * math.ceil(columns / width)
     useful = batch * rows * columns / (tiles * height * width)
@@ -98,7 +96,7 @@ def _share(
 
 
 def _attention(item: Operation, device: Device) -> float:
-    heads, _, keys, width = item.shape
+    _, _, keys, width = item.shape
     padded = math.ceil(keys / _KEYS) * _KEYS / keys
     narrow = min(1.0, 0.6 + 0.4 * width / 128) if width <= 256 else 0.25  # no flash kernel takes wider heads
     return item.flops * padded / (device.rate(device.attention, item.dtype) * narrow)
