@@ -38,7 +38,7 @@ class Adviser:
     model: Callable[[], PlannedModel]
     workload: Workload
     device: Device
-    rungs: Ladder = field(default_factory=ladder)
+    rungs: Ladder = field(default_factory=lambda: ladder())
     target: Target | None = None
     """The live pipeline, whose own refusals count as well."""
     parked: bool = False
@@ -60,7 +60,7 @@ class Adviser:
         limit = predict(known, self.device, recipe).memory
         found = [predict(known, self.device, rung.recipe, rung.gives_up) for rung in self._candidates(recipe)]
         lower = [p for p in found if p.memory is not None and (limit is None or p.memory < limit)]
-        return min(lower, key=lambda p: (p.lossy and not any(i.lossy for i in recipe), _time(p)), default=None)
+        return min(lower, key=lambda p: (sum(item.lossy for item in p.recipe), _time(p)), default=None)
 
     def enough(self, recipe: Recipe) -> Recipe:
         """The next rung's recipe, for a pipeline that does not fit as it is. Raises HastenError when there is none."""
@@ -78,7 +78,8 @@ class Adviser:
 
     def _with(self, saving: Rung, recipe: Recipe) -> list[Rung]:
         """The recipe with a rung's techniques; where they do not go together, the rung's alone."""
-        kinds = {type(item) for item in saving.recipe}
+        # What an earlier rung brought makes way for this one.
+        kinds = {type(item) for rung in self.rungs.memory for item in rung.recipe}
         kept = Recipe(tuple(item for item in recipe if type(item) not in kinds))
         for one in (Rung(kept | saving.recipe, saving.gives_up), saving):
             if self.target is None or not resolve(one.recipe, self.target).refusals:
