@@ -67,6 +67,8 @@ class Cost:
     """Bytes of a component's weights on the device while it runs, where those are fewer than all."""
     moved: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int], hash=False)
     """Bytes of weights brought to the device in each call of a component, beside its computation."""
+    brought: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int], hash=False)
+    """Bytes of weights of a component that pass through the device once an image."""
     traffic: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int], hash=False)
     """Additional bytes read and written on the device in each call of a component (weights cast before use)."""
     activations: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float], hash=False)
@@ -75,8 +77,8 @@ class Cost:
     @property
     def known(self) -> bool:
         """Does it say anything about time?"""
-        told = self.compiled or self.replayed or self.in_turn or self.moved or self.traffic or self.activations
-        return self.time_factor is not None or bool(told)
+        weights = self.in_turn or self.held or self.moved or self.brought or self.traffic
+        return self.time_factor is not None or bool(self.compiled or self.replayed or weights or self.activations)
 
 
 def about(text: str, **limits: object) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,9 @@ from hasten.search.prediction.model import PlannedModel
 from hasten.search.prediction.networks import weight_bytes
 from hasten.search.prediction.roofline import duration
 from hasten.search.prediction.trace import Trace, trace
+
+ALIKE = 1.05
+"""Factor between two times within which a simpler recipe is preferred."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,11 @@ def predict(found: Profile, device: Device, recipe: Recipe | None = None, gives_
 def _peaks(found: Profile, device: Device, costs: Sequence[Cost]) -> dict[str, int]:
     """Bytes on the device while each part runs."""
     away = {name for cost in costs for name in cost.in_turn}
+    sealed = any(cost.compiled == "whole" or cost.replayed for cost in costs)
     held = {name: _least(name, part.weights, costs) for name, part in found.parts.items()}
+    if sealed:  # one piece of code needs all of its weights at once
+        staying = [cost for cost in costs if found.denoiser not in cost.moved]
+        held[found.denoiser] = _least(found.denoiser, found.parts[found.denoiser].weights, staying)
     extra = sum(cost.extra_bytes for cost in costs) + device.workspace + found.resting
     peaks: dict[str, int] = {}
     for name, part in found.parts.items():
@@ -144,7 +152,9 @@ def _phases(found: Profile, device: Device, costs: Sequence[Cost]) -> dict[str, 
             phases[name] = steps * part.times * _call(found, part, part.traced, device, costs)
     moving = {name for cost in costs for name in cost.moved}
     brought = {name for cost in costs for name in cost.in_turn} - moving
-    phases["transfers"] = sum(_least(name, found.parts[name].weights, costs) for name in brought) / device.host_link
+    size = sum(_least(name, found.parts[name].weights, costs) for name in brought)
+    size += sum(size for cost in costs for size in cost.brought.values())
+    phases["transfers"] = size / device.host_link
     return phases
 
 
@@ -156,10 +166,10 @@ def _call(found: Profile, part: Part, traced: Trace, device: Device, costs: Sequ
     took = duration(traced, device, compiled, replayed=denoising and any(cost.replayed for cost in costs))
     casts = sum(cost.traffic.get(part.name, 0) for cost in costs) / device.bandwidth
     computing = max(took.device + casts, took.host) if device.overlaps else took.seconds + casts
-    if denoising:
-        computing *= _product(cost.time_factor for cost in costs if cost.time_factor is not None)
     moving = sum(cost.moved.get(part.name, 0) for cost in costs) / device.host_link
-    return max(computing, moving)
+    # What a cache leaves out is not moved either.
+    factors = (cost.time_factor for cost in costs if cost.time_factor is not None)
+    return max(computing, moving) * (_product(factors) if denoising else 1.0)
 
 
 def _product(factors: Iterable[float]) -> float:
@@ -195,18 +205,27 @@ class MemoryPlan:
 
     def _fastest(self, *, lossy: bool) -> Prediction | None:
         fitting = [p for p in self.predictions if p.seconds is not None and self.fits(p) and (lossy or not p.lossy)]
-        return min(fitting, key=lambda p: (p.seconds, len(p.recipe), p.memory), default=None)
+        return min(fitting, key=_rank, default=None)
 
     @property
     def front(self) -> list[Prediction]:
         """The plain pipeline, and the fastest for each amount of memory, without and with changes to the picture."""
         kept = [p for p in self.predictions if not p.recipe.techniques]
         known = [p for p in self.predictions if p.seconds is not None and p.memory is not None]
-        for one in sorted(known, key=lambda p: (p.seconds, p.lossy, len(p.recipe))):
-            better = [k for k in kept if (k.seconds or 0) <= (one.seconds or 0) and k.lossy <= one.lossy]
+        for one in sorted(known, key=lambda p: (*_rank(p), p.memory)):
+            better = [k for k in kept if _rank(k) <= _rank(one) and k.lossy <= one.lossy]
             if not any((k.memory or 0) <= (one.memory or 0) for k in better):
                 kept.append(one)
         return kept
+
+
+def _rank(prediction: Prediction) -> tuple[int, bool, int]:
+    """Sorts by time. Times that differ by less than predictions can tell apart count as equal: the simpler comes first.
+
+    Of equal ones the ladder's order decides, which sorting keeps.
+    """
+    seconds = max(prediction.seconds or 0.0, 1e-9)
+    return round(math.log(seconds) / math.log(ALIKE)), prediction.lossy, len(prediction.recipe)
 
 
 def plan(found: Profile, device: Device, limit: int | None = None, rungs: Ladder | None = None) -> MemoryPlan:

@@ -83,6 +83,16 @@ class Unknowable(Stub):
         return Cost(basis="measured")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Whole(Stub):
+    """Compiles everything into one piece."""
+
+    stage: ClassVar[Stage] = Stage.COMPILE
+
+    def cost(self, target: Target, workload: Workload) -> Cost:
+        return Cost(compiled="whole")
+
+
 PLAIN = Rung(Recipe())
 LADDER = Ladder(
     (PLAIN,),
