@@ -1,10 +1,10 @@
-"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`, `calibrate`, `doctor`."""
+"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`, `plan`, `calibrate`, `doctor`."""
 
 from __future__ import annotations
 
 import typer
 
-from hasten.cli import calibrate, compare, doctor, generate, inspect, techniques
+from hasten.cli import calibrate, compare, doctor, generate, inspect, plan, techniques
 
 app = typer.Typer(
     name="hasten",
@@ -18,6 +18,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("techniques")(techniques.techniques)
+app.command("plan")(plan.plan)
 app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 

@@ -10,6 +10,7 @@ import typer
 from hasten.cli.common import (
     DeviceOption,
     DtypeOption,
+    FallbackOption,
     GuidanceOption,
     ModelArgument,
     RecipeOption,
@@ -47,6 +48,7 @@ def compare(
     fewer_steps: Annotated[
         bool, typer.Option(help="Add rows with fewer steps, and with a better solver, at the same time.")
     ] = True,
+    fallback: FallbackOption = False,
 ) -> None:
     """Run recipes on the same prompts and seeds; write a table, report.html and comparison.json.
 
@@ -54,16 +56,18 @@ def compare(
     """
     from hasten.core.expression import load_recipe
     from hasten.core.files import ensure_writable
+    from hasten.core.recipe import Recipe
     from hasten.measure.compare import compare as run
     from hasten.measure.defaults import default_recipes
     from hasten.measure.progress import OnTerminal
-    from hasten.models import load
+    from hasten.search.actual import comparison_against
+    from hasten.search.fallback import Adviser, load_or_park, rescuer
 
     wanted = [(text, load_recipe(text)) for text in recipe or ()]
     given = (*(prompt or ()), *(read_prompts(prompts) if prompts else ()))
     ensure_writable(folder)
     quiet()
-    loaded = load(model, device=device, dtype=dtype)
+    loaded, parked = load_or_park(model, device=device, dtype=dtype, fallback=fallback)
     workload = adjusted(
         loaded.workload,
         prompts=given or loaded.workload.prompts[:DEFAULT_PROMPTS],
@@ -73,12 +77,17 @@ def compare(
         guidance=guidance,
     )
     recipes = wanted or default_recipes(loaded)
+    adviser = Adviser.of(loaded.pipeline, workload, parked=parked)
+    base = adviser.enough(Recipe()) if parked else Recipe()
     with OnTerminal(out) as progress:
         result = run(
             loaded.pipeline, recipes, workload,
             runs=runs, out=folder, fewer_steps=fewer_steps, progress=progress, title=loaded.name, budget=budget,
+            rescue=rescuer(adviser, fallback=fallback), base=base,
         )  # fmt: skip
     out.print(result.table())
+    if lines := comparison_against(loaded.pipeline, result, recipes):
+        out.print("\nPredicted against actual\n" + "\n".join(lines), highlight=False, markup=False)
     out.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)
     if result.incomplete:
         raise typer.Exit(130)

@@ -62,6 +62,28 @@ class Cost:
     """Additional memory held while running, in bytes; negative when memory is freed."""
     basis: str = "formula"
     """Where the prediction comes from: formula, calibration or measured."""
+    compiled: Literal["", "blocks", "whole"] = ""
+    """What runs as fused kernels: the denoiser's repeated blocks, or all of it."""
+    replayed: bool = False
+    """Is the denoiser's call replayed (CUDA graphs), so that the host starts no kernel?"""
+    in_turn: tuple[str, ...] = ()
+    """Components whose weights are on the device only while they run; each is brought there once an image."""
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int], hash=False)
+    """Bytes of a component's weights on the device while it runs, where those are fewer than all."""
+    moved: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int], hash=False)
+    """Bytes of weights brought to the device in each call of a component, beside its computation."""
+    brought: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int], hash=False)
+    """Bytes of weights of a component that pass through the device once an image."""
+    traffic: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int], hash=False)
+    """Additional bytes read and written on the device in each call of a component (weights cast before use)."""
+    activations: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float], hash=False)
+    """Peak of a component's activations relative to without the technique (a VAE that decodes in tiles)."""
+
+    @property
+    def known(self) -> bool:
+        """Does it say anything about time?"""
+        weights = self.in_turn or self.held or self.moved or self.brought or self.traffic
+        return self.time_factor is not None or bool(self.compiled or self.replayed or weights or self.activations)
 
 
 def about(text: str, **limits: object) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -14,6 +14,7 @@ from typing import Any
 
 from hasten.core.errors import HastenError, Refused
 from hasten.core.files import atomic_write_bytes, ensure_writable
+from hasten.core.memory_limit import OutOfMemory
 from hasten.core.recipe import Recipe, as_recipe
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
@@ -31,6 +32,8 @@ from hasten.measure.runner import Run, run_recipe
 from hasten.measure.solvers import TITLES, best_for, other_solver, solver_problem
 
 NamedRecipe = tuple[str, Recipe]
+Rescue = Callable[[OutOfMemory, Recipe], Recipe]
+"""Says which recipe to run in place of one that ran out of memory, or raises the error (with advice)."""
 FLOOR_RECIPE = "AttentionBackend(name='math')"
 """Same mathematics in another order of operations: what it changes is the noise floor."""
 
@@ -55,6 +58,9 @@ class _Job:
     budget: int | None = None
     """Full steps to which every cache is set."""
     warnings: list[str] = field(default_factory=list[str])
+    rescue: Rescue | None = None
+    base: Recipe = field(default_factory=Recipe)
+    """Techniques of every row, without which the pipeline does not fit."""
 
 
 def compare(
@@ -68,6 +74,8 @@ def compare(
     progress: Progress | None = None,
     title: str = "",
     budget: str | float | None = None,
+    rescue: Rescue | None = None,
+    base: Recipe | None = None,
 ) -> Comparison:
     """Run every recipe on the same prompts and seeds, the plain pipeline first, and return the comparison.
 
@@ -75,12 +83,14 @@ def compare(
     incomplete). A refused or failing recipe gets a row with the reason. `fewer_steps` adds, for each lossy recipe
     that was faster, the plain pipeline with as many steps as fit into the same time, and a better solver with as
     many. With a `budget` ("2x", or a number of full steps) every cache is set to compute that many steps, and the plain
-    pipeline takes so many.
+    pipeline takes so many. `base` is added to every recipe, the plain one included; where memory runs out, `rescue`
+    says what to run instead.
     """
     if not workload.prompts:
         raise HastenError("A comparison needs at least one prompt.")
     folder = ensure_writable(out) if out is not None else None
     job = _Job(pipeline, workload, max(runs, 1), folder, progress or Silent(), title or type(pipeline).__name__)
+    job.rescue, job.base = rescue, base or Recipe()
     job.budget = None if budget is None else parse_budget(budget, workload.steps)
     named = [_named(recipe) for recipe in recipes]
     try:
@@ -141,6 +151,7 @@ def _within_budget(job: _Job, name: str, recipe: Recipe) -> NamedRecipe:
 
 
 def _run_row(job: _Job, name: str, recipe: Recipe, kind: Kind, workload: Workload | None = None) -> None:
+    recipe |= job.base
     refusals = resolve(recipe, Target.of(job.pipeline)).refusals
     if refusals:
         job.rows.append(refused_row(name, recipe, kind, " ".join(refusals)))
@@ -149,7 +160,7 @@ def _run_row(job: _Job, name: str, recipe: Recipe, kind: Kind, workload: Workloa
     job.progress.row(name)
     run = Run(recipe, workload or job.workload)
     try:
-        run_recipe(job.pipeline, run, runs=job.runs, advance=job.progress.advance)
+        _run_or_rescue(job, name, run)
     except KeyboardInterrupt:
         if run.images:
             _finish(job, name, run, kind, interrupted=True)
@@ -162,6 +173,18 @@ def _run_row(job: _Job, name: str, recipe: Recipe, kind: Kind, workload: Workloa
         job.rows.append(refused_row(name, recipe, kind, _reason(error), status="failed"))
     else:
         _finish(job, name, run, kind)
+
+
+def _run_or_rescue(job: _Job, name: str, run: Run) -> None:
+    """Run a recipe, and when memory runs out what is to be run instead, until one fits."""
+    while True:
+        try:
+            return run_recipe(job.pipeline, run, runs=job.runs, advance=job.progress.advance)
+        except OutOfMemory as error:
+            if job.rescue is None:
+                raise
+            run.restart(job.rescue(error, run.recipe))
+        job.warnings.append(f"{name} ran out of memory; {run.recipe} was run in its place.")
 
 
 def _finish(job: _Job, name: str, run: Run, kind: Kind, *, interrupted: bool = False) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from hasten.core.errors import NotEngaged
+from hasten.core.memory_limit import within_memory
 from hasten.core.patch import summarize
 from hasten.core.recipe import Recipe
 from hasten.core.session import Session, accelerate
@@ -47,13 +48,22 @@ class Run:
         """Prompt and seed of each picture, in order."""
         return [(prompt, seed) for prompt in self.workload.prompts for seed in self.workload.seeds]
 
+    def restart(self, recipe: Recipe) -> None:
+        """Begin anew with another recipe, as when the first one ran out of memory."""
+        self.__dict__.update(Run(recipe, self.workload).__dict__)
+
 
 def run_recipe(pipeline: Any, run: Run, *, runs: int = 1, advance: Callable[[], None] = lambda: None) -> None:
     """Apply `run.recipe`, make one warm-up picture, then every picture `runs` times, and fill `run` on the way.
 
     Set-up (applying, and what the first picture takes longer than the others) is kept apart. `advance` is
     called after each picture. An exception leaves in `run` what was finished, and the pipeline as it was.
+    Raises OutOfMemory where the device has too little memory.
     """
+    within_memory(lambda: _run(pipeline, run, runs, advance), str(run.recipe))
+
+
+def _run(pipeline: Any, run: Run, runs: int, advance: Callable[[], None]) -> None:
     target, warm_up = Target.of(pipeline), dict[Technique, tuple[int, int]]()
     began = time.perf_counter()
     with accelerate(pipeline, run.recipe) as session:

@@ -60,16 +60,18 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None) -> L
     """Load a pipeline by bundled name, local folder or hub id, onto `device` (default: a GPU if there is one).
 
     `dtype` is a torch type's name; the default is float32 on the CPU and bfloat16 on a GPU. Raises HastenError
-    for unknown names, folders that hold no pipeline, and damaged weight files.
+    for unknown names, folders that hold no pipeline, and damaged weight files; OutOfMemory where it does not fit.
     """
     import torch
+
+    from hasten.core.memory_limit import within_memory
 
     folder = find_folder(name)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = dtype_named(dtype or ("float32" if where.startswith("cpu") else "bfloat16"))
     pipeline = _load_pipeline(name, folder, torch_dtype)
     try:
-        pipeline = pipeline.to(where)
+        pipeline = within_memory(lambda: pipeline.to(where), name)
     except (RuntimeError, AssertionError) as error:
         raise HastenError(f"The device {where!r} cannot be used: {_first_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
