@@ -33,6 +33,8 @@ class Compile(Technique):
     """The base of both. A subclass says which modules of a denoiser and of a text encoder are compiled."""
 
     stage: ClassVar[Stage] = Stage.COMPILE
+    extent: ClassVar[Literal["blocks", "whole"]] = "blocks"
+    """What of the denoiser is compiled."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = field(
         default="default", metadata=about("torch.compile mode; the autotuning modes take minutes and rarely gain")
@@ -150,8 +152,8 @@ class Compile(Technique):
         return Evidence(summary=words)
 
     def cost(self, target: Target, workload: Workload) -> Cost:
-        """The gain depends on device and kernels; memory does not grow."""
-        return Cost(basis="measured")
+        """The passes between products become few kernels; memory does not grow."""
+        return Cost(compiled=self.extent) if "denoiser" in self.parts else Cost(basis="measured")
 
 
 class _Code:

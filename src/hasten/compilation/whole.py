@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -25,6 +25,7 @@ class CompileWhole(Compile):
     """
 
     seals: ClassVar[Seal] = "compiled"
+    extent: ClassVar[Literal["blocks", "whole"]] = "whole"
     paper: ClassVar[str] = "https://docs.pytorch.org/docs/stable/generated/torch.compile.html"
 
     def apply(self, target: Target, patch: Patch) -> None:

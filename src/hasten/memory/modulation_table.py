@@ -10,7 +10,7 @@ from hasten.core.errors import NotEngaged
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Target
-from hasten.core.technique import Cost, Evidence, Stage, Technique, about
+from hasten.core.technique import Cost, Decision, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.memory.engine.away import take_away
 from hasten.memory.engine.copies import copies_to
@@ -47,6 +47,10 @@ class ModulationTable(Technique):
     def claims(self) -> tuple[str, ...]:
         """The linears of adaptive norms."""
         return ("modulation",)
+
+    def decides(self, target: Target) -> Decision:
+        """The row of the table changes from step to step, and is looked up before the linears run."""
+        return "beforehand"
 
     def problems(self, target: Target) -> Iterable[str]:
         """Needs a schedule that can be observed, and a specification that says what depends on it."""
@@ -88,10 +92,14 @@ class ModulationTable(Technique):
 
     def cost(self, target: Target, workload: Workload) -> Cost:
         """Memory: the weights of the linears, less one output a step."""
+        sizes = {d.name: sum(size_of(module) for module in timed_linears(d).values()) for d in target.denoisers}
         modules = [module for denoiser in target.denoisers for module in timed_linears(denoiser).values()]
-        weights = sum(size_of(module) for module in modules)
         rows = sum(int(getattr(module, "out_features", 0)) for module in modules)
-        return Cost(extra_bytes=2 * rows * workload.steps * workload.batch - weights)
+        return Cost(
+            extra_bytes=2 * rows * workload.steps * workload.batch,
+            held={d.name: size_of(d.module) - sizes[d.name] for d in target.denoisers},
+            brought=sizes,
+        )
 
 
 @dataclass

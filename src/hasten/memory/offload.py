@@ -23,8 +23,7 @@ from hasten.memory.engine.moving import (
     pinned_bytes,
     set_up,
 )
-from hasten.memory.engine.units import cut
-from hasten.memory.engine.weights import size_of
+from hasten.memory.engine.units import Cut, cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +93,16 @@ class Offload(Technique):
         return session.state(self, Moved).evidence()
 
     def cost(self, target: Target, workload: Workload) -> Cost:
-        """Memory: the largest that is on the device at one time, instead of everything. Time: only a run tells."""
+        """Memory: of each component what is there at one time, while it runs. Time: copies run beside computing."""
         names = chosen_components(target, self.components)
-        everything = sum(size_of(target.modules[name]) for name in names)
-        largest = max((self._most(target, name) for name in names), default=0)
-        return Cost(extra_bytes=largest - everything)
+        parts = {name: cut(target, name, self.kind, self.group) for name in names}
+        passing = {name: sum(unit.bytes for unit in found.passing) for name, found in parts.items()}
+        return Cost(
+            in_turn=tuple(names),
+            held={name: self._most(found) for name, found in parts.items() if passing[name]},
+            moved={name: size for name, size in passing.items() if size},
+        )
 
-    def _most(self, target: Target, name: str) -> int:
-        parts = cut(target, name, self.kind, self.group)
+    def _most(self, parts: Cut) -> int:
         passing = sorted((unit.bytes for unit in parts.passing), reverse=True)
         return parts.rest.bytes + sum(passing[: 1 + self.ahead])

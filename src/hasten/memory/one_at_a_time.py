@@ -22,7 +22,6 @@ from hasten.memory.engine.moving import (
     pinned_bytes,
     set_up,
 )
-from hasten.memory.engine.weights import size_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +77,8 @@ class OneAtATime(Technique):
         return session.state(self, Moved).evidence()
 
     def cost(self, target: Target, workload: Workload) -> Cost:
-        """Memory: the largest component instead of all."""
-        sizes = [size_of(target.modules[name]) for name in self._leaving(target)]
-        return Cost(extra_bytes=max(sizes, default=0) - sum(sizes))
+        """Memory: one component at a time. Time: each comes by once an image."""
+        return Cost(in_turn=tuple(self._leaving(target)))
 
     def _leaving(self, target: Target) -> list[str]:
         staying = set(chosen_components(target, self.stay))
