@@ -21,9 +21,9 @@ LAYERS = ["core", "kernels", "denoisers", "models", "family", "measure", "search
 
 
 def part_of(module: str) -> str:
-    """The part of the package that a module belongs to; the package's own file stands above all."""
+    """The part of the package that a module belongs to; the package's own files stand above all."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "cli"
+    return parts[1] if len(parts) > 1 and parts[1] != "__main__" else "cli"
 
 
 def layer(part: str) -> int:

@@ -103,7 +103,7 @@ def table(use: str, parameters: str = "") -> str:
 
 
 def test_toml_with_unknown_names_suggests_neighbours() -> None:
-    with pytest.raises(UnknownName, match=r"no technique called 'CompileBlock'. Did you mean CompileBlocks\?"):
+    with pytest.raises(UnknownName, match=r"no technique called 'CompileBlock'. Did you mean CompileBlocks"):
         Recipe.from_toml(table("CompileBlock"))
     with pytest.raises(UnknownName, match=r"no parameter of FirstBlockCache called 'treshold'.*mean threshold\?"):
         Recipe.from_toml(table("FirstBlockCache", "treshold = 0.1"))
