@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ import torch
 from loop import Budget, Ema, Log, Optimisers, run, save
 from tasks import FluxTask, Task, make_task
 from torch.nn import functional as F
-
-STYLE_SHARES = {"noto": 0.8, "blob": 1.4, "twemoji": 0.9, "emojione": 1.8, "fluent": 0.5, "flat": 1.3}
-"""How often a refinement draws an image of each style: more of those that the style classifier found wrong."""
 
 
 def parse() -> argparse.Namespace:
@@ -63,18 +59,8 @@ def keeper(task: Task, ema: Ema, optimiser: Optimisers, folder: Path, name: str)
     return keep
 
 
-def batches(args: argparse.Namespace, task: Task) -> Callable[[], torch.Tensor]:
-    """Draws image indices [batch]; in a refinement, styles that come out wrong often are drawn more often."""
-    shares = torch.ones(len(task.data))
-    if args.refine:
-        shares = torch.tensor([STYLE_SHARES[task.data.emoji.styles[i]] for i in task.data.index])
-    shares = shares.to(task.data.device)
-    return lambda: torch.multinomial(shares, args.batch, replacement=True)
-
-
 def train(args: argparse.Namespace, task: Task, device: str) -> None:
     """The training loop of one model."""
-    draw = batches(args, task)
     optimiser = Optimisers(task, task.lr * args.lr, task.muon(), task.muon_lr * args.lr)
     ema = Ema(task, 0.998 if args.refine else 0.9995)
     step = start(task, ema, optimiser, args.out, args.model)
@@ -82,7 +68,7 @@ def train(args: argparse.Namespace, task: Task, device: str) -> None:
     torch.manual_seed(step)
 
     def one(step: int, factor: float) -> None:
-        batch = draw()
+        batch = torch.randint(len(task.data), (args.batch,), device=device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = task.loss(batch)
         loss.backward()
@@ -146,7 +132,7 @@ def distil(args: argparse.Namespace, task: FluxTask, device: str) -> None:
     """Distil guidance; starts from the EMA of the trained model, continues its own checkpoint if there is one."""
     trained = torch.load(args.out / "emoji-flux.ema.pt", map_location=device, weights_only=True)["ema"]
     task.load_state_dict({key: value.float() for key, value in trained.items()}, strict=False)
-    distillation, draw = Distillation(task), batches(args, task)
+    distillation = Distillation(task)
     if not args.eager:
         distillation.compile()
     optimiser = Optimisers(task.transformer, 5e-4 * args.lr, task.muon(), 5e-4 * args.lr)
@@ -157,7 +143,7 @@ def distil(args: argparse.Namespace, task: FluxTask, device: str) -> None:
     torch.manual_seed(1000 + step)
 
     def one(step: int, factor: float) -> None:
-        batch = draw()
+        batch = torch.randint(len(task.data), (args.batch,), device=device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = distillation.loss(batch)
         loss.backward()
