@@ -37,7 +37,7 @@ def shards(models: Sequence[str], steps: Sequence[int]) -> list[Shard]:
     methods = [*baselines(), *ours(), *peers()]
     last = [m for m in methods if m.name in CALIBRATED]
     first = sorted((m for m in methods if m not in last), key=lambda m: not isinstance(m.tune, Search))
-    wanted = [*product(steps, first, models), *product(steps, last, models)]
+    wanted = product(steps, [*first, *last], models)
     return [(model, count, f"{m.kind} {m.name}") for count, m, model in wanted if m.fits(model)]
 
 
