@@ -103,8 +103,9 @@ def line(row: Row, best: Row | None, table: Table) -> str:
     steps = " / ".join(f"{row[name]:.1f}" for name in ("full_steps", "partial_steps", "left_out_steps"))
     processor = row["cpu_seconds"]
     versus = "-" if best is None or best is row else signed(difference(psnr, best["to_plain"]["psnr"]).text(1))
+    name = row["name"] + (" †" if "machine" in row else "")
     cells = [
-        f"**{row['name']}**" if best is row else row["name"],
+        f"**{name}**" if best is row else name,
         steps,
         f"{100 * row['work']:.0f} %",
         f"{processor['median']:.2f} ({processor['plain_meanwhile'] / processor['median']:.1f}x)",
@@ -120,10 +121,12 @@ def line(row: Row, best: Row | None, table: Table) -> str:
 
 
 def clocked(row: Row, table: Table, kind: str) -> str:
-    """Wall-clock seconds on an idle device, and the speed-up over the plain pictures made around that row."""
+    """Wall-clock seconds and the speed-up over the plain pictures made around that row, as run.py saw it or times.py."""
     rows = table.times.get(kind, {}).get("rows", {})
     key = next(key for key, other in table.content["rows"].items() if other is row)
     found = rows.get(key, {})
+    if kind == "cpu" and not rows:
+        found = {"seconds": row["seconds"]["median"], "plain": row["seconds"]["plain_meanwhile"]}
     return f"{found['seconds']:.2f} ({found['plain'] / found['seconds']:.1f}x)" if "seconds" in found else "-"
 
 

@@ -41,9 +41,16 @@ def source_hash() -> str:
 
 
 def combinations(architecture: str) -> Iterator[tuple[str, ...]]:
-    """The combinations whose outcome is recorded for an architecture."""
-    for size in (1, 2, 3) if architecture in TRIPLES_ON else (1, 2):
+    """The combinations whose outcome is recorded for an architecture; of three only where no two are refused."""
+    for size in (1, 2):
         yield from itertools.combinations(TECHNIQUES, size)
+    if architecture not in TRIPLES_ON:
+        return
+    rig = make(architecture)
+    pairs = {pair for pair in itertools.combinations(TECHNIQUES, 2) if refusal(pair, rig) is None}
+    for three in itertools.combinations(TECHNIQUES, 3):
+        if pairs.issuperset(itertools.combinations(three, 2)):
+            yield three
 
 
 def refusal(names: tuple[str, ...], rig: Rig) -> str | None:
