@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+# Counting GPUs through CUDA in the parent would keep every forked child from using them.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 class RowFailed(Exception):
