@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Counting GPUs through CUDA in the parent would keep every forked child from using them.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 

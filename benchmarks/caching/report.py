@@ -121,7 +121,7 @@ def line(row: Row, best: Row | None, table: Table) -> str:
 
 
 def clocked(row: Row, table: Table, kind: str) -> str:
-    """Wall-clock seconds and the speed-up over the plain pictures made around that row, as run.py saw it or times.py."""
+    """Wall-clock seconds and the speed-up over plain pictures made around the row: of times.py, else of run.py."""
     rows = table.times.get(kind, {}).get("rows", {})
     key = next(key for key, other in table.content["rows"].items() if other is row)
     found = rows.get(key, {})
