@@ -47,7 +47,8 @@ class Rig:
                 raise InterruptedError
             output = self._guided([self._output(given, latents, timestep) for given in calls])
             latents = self.scheduler.step(output[:, : latents.shape[1]], timestep, latents, return_dict=False)[0]
-        picture = self.vae.decode(latents.flatten()[:256].reshape(1, 4, 8, 8), return_dict=False)[0]  # pyright: ignore
+        two = latents.flatten()[:256].reshape(1, 4, 8, 8).repeat(2, 1, 1, 1)
+        picture = self.vae.decode(two, return_dict=False)[0]  # pyright: ignore
         return torch.cat([latents.flatten(), picture.flatten()])
 
     def _calls(self, prompt: int) -> list[dict[str, Any]]:

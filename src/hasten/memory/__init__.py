@@ -3,5 +3,7 @@
 from hasten.memory.modulation_table import ModulationTable
 from hasten.memory.offload import Offload
 from hasten.memory.one_at_a_time import OneAtATime
+from hasten.memory.vae_slicing import VaeSlicing
+from hasten.memory.vae_tiling import VaeTiling
 
-__all__ = ["ModulationTable", "Offload", "OneAtATime"]
+__all__ = ["ModulationTable", "Offload", "OneAtATime", "VaeSlicing", "VaeTiling"]
