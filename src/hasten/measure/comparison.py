@@ -6,17 +6,17 @@ and NaN is refused where a record is created, so that it reaches neither the fil
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from hasten.core.errors import HastenError
 from hasten.core.files import atomic_write_text, json_text, read_json
+from hasten.core.invalid import explain
 from hasten.measure.records import (
     Fact,
     FidelityRecord,
@@ -31,7 +31,6 @@ from hasten.measure.records import (
 )
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
     from rich.table import Table
 
 __all__ = [
@@ -81,7 +80,7 @@ class Comparison(Record):
         try:
             return cls.model_validate(data).in_folder(file.parent)
         except ValidationError as error:
-            raise HastenError(f"{file}: {_explain(error)}") from error
+            raise HastenError(f"{file}: {explain(error, _records())}") from error
 
     def in_folder(self, folder: str | os.PathLike[str]) -> Comparison:
         """The same comparison with its images found in `folder`."""
@@ -146,27 +145,6 @@ def _check_schema(data: object, file: Path) -> None:
         raise HastenError(f"{file} has schema {version!r}; this version of hasten reads schema {SCHEMA}.")
 
 
-def _explain(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    shown = "; ".join(f"{_place(one['loc'])}: {_problem(one)}" for one in problems[:3])
-    return shown + (f"; and {len(problems) - 3} more problems." if len(problems) > 3 else ".")
-
-
-def _problem(one: ErrorDetails) -> str:
-    if one["type"] != "extra_forbidden":
-        return one["msg"].removeprefix("Value error, ")
-    records = (Comparison, WorkloadRecord, Row, Timing, Steps, FidelityRecord, Phases)
-    known = {field.alias or name for record in records for name, field in record.model_fields.items()}
-    close = difflib.get_close_matches(str(one["loc"][-1]), sorted(known), n=1)
-    return "unknown field" + (f" (did you mean {close[0]}?)" if close else "")
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    """`("rows", 2, "fidelity", "psnr")` as `rows[2].fidelity.psnr`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return text.removeprefix(".") or "the file"
-
-
 def _flat(row: Row) -> dict[str, object]:
     columns: dict[str, object] = {}
     for name, value in row.model_dump().items():
@@ -181,3 +159,8 @@ def _flat(row: Row) -> dict[str, object]:
 def _names_in(annotation: Any) -> tuple[str, ...]:
     record = next(part for part in annotation.__args__ if part is not type(None))
     return tuple(record.model_fields)
+
+
+def _records() -> tuple[type[BaseModel], ...]:
+    """What such a file consists of."""
+    return (Comparison, WorkloadRecord, Row, Timing, Steps, FidelityRecord, Phases)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from hasten.core.errors import HastenError, nearest
 from hasten.core.files import read_json
 from hasten.core.identity import config_hash, names_of, released_as
+from hasten.core.invalid import explain
 from hasten.core.target import Denoiser
 
 AUTO = "auto"
@@ -136,9 +137,7 @@ class Library(Generic[S]):
         try:
             return self._form.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise HastenError(f"{file}: {place}: {first['msg']}.") from None
+            raise HastenError(f"{file}: {explain(error, (self._form,))}") from None
 
     def choose(self, wanted: str, denoiser: Denoiser) -> S:
         """The set `wanted` by name or file, or for `auto` the one made for this denoiser; raises HastenError."""

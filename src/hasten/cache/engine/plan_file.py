@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
+from typing import Annotated, Literal, Self, cast
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from hasten.cache.engine.records import Grid, Plan, PlanKey, PlanRecord, SeedRecord, SolverAnswer
 from hasten.core.errors import HastenError, InvalidSetting
 from hasten.core.files import atomic_write_text, json_text, read_json
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+from hasten.core.invalid import explain
 
 SCHEMA = 1
 
@@ -67,7 +64,7 @@ class PlanFile(PlanRecord):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise HastenError(f"{file}: {_explain(error)}") from error
+            raise HastenError(f"{file}: {explain(error, _records())}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file whole or not at all; equal data give equal bytes."""
@@ -144,21 +141,6 @@ def _exactly(full_steps: float, plans: list[Plan]) -> Plan:
     return nearest
 
 
-def _explain(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    shown = "; ".join(f"{_place(one['loc'])}: {_problem(one)}" for one in problems[:3])
-    return shown + (f"; and {len(problems) - 3} more problems." if len(problems) > 3 else ".")
-
-
-def _problem(one: ErrorDetails) -> str:
-    if one["type"] != "extra_forbidden":
-        return one["msg"].removeprefix("Value error, ")
-    records = (PlanFile, PlanKey, Grid, SeedRecord, Plan, SolverAnswer)
-    known = {field.alias or name for record in records for name, field in record.model_fields.items()}
-    close = difflib.get_close_matches(str(one["loc"][-1]), sorted(known), n=1)
-    return "unknown field" + (f" (did you mean {close[0]}?)" if close else "")
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return text.removeprefix(".") or "the file"
+def _records() -> tuple[type[BaseModel], ...]:
+    """What such a file consists of."""
+    return (PlanFile, PlanKey, Grid, SeedRecord, Plan, SolverAnswer)
