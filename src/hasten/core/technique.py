@@ -126,6 +126,10 @@ class Technique:
         """Does a decision wait for the GPU at each step, with these settings?"""
         return self.syncs
 
+    def irreversible(self) -> bool:
+        """Is something given up for good, with these settings? Then only `apply_permanently` takes it."""
+        return False
+
     def decides(self, target: Target) -> Decision:
         """What is left out inside the denoiser's call: "nothing"; parts decided "beforehand"; or "within" the call."""
         return "nothing"

@@ -1,7 +1,8 @@
 """Offload, device maps and other ways to need less memory."""
 
+from hasten.memory.layerwise_casting import LayerwiseCasting
 from hasten.memory.modulation_table import ModulationTable
 from hasten.memory.offload import Offload
 from hasten.memory.one_at_a_time import OneAtATime
 
-__all__ = ["ModulationTable", "Offload", "OneAtATime"]
+__all__ = ["LayerwiseCasting", "ModulationTable", "Offload", "OneAtATime"]
