@@ -343,6 +343,26 @@ def test_the_cost_is_what_the_main_device_holds() -> None:
     assert held["transformer"] == whole - away
 
 
+def test_the_distribution_that_a_vae_returns_comes_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    carried: list[tuple[int, str]] = []
+    carry = borders.carry
+
+    def counting(data: torch.Tensor, place: str) -> torch.Tensor:
+        carried.append((data.numel(), place))
+        return carry(data, place)
+
+    monkeypatch.setattr(borders, "carry", counting)
+    rig = make("dit")
+    vae, picture = cast(Any, rig.vae), torch.ones(1, 3, 8, 8)
+    plain = vae.encode(picture).latent_dist
+    with rig.accelerated(DeviceMap(map="vae=cpu:1; *=cpu")):
+        found = vae.encode(picture).latent_dist
+    assert type(found) is type(plain)
+    assert torch.equal(found.mode(), plain.mode())
+    assert carried[0] == (picture.numel(), "cpu:1")
+    assert (plain.mean.numel(), "cpu") in carried
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -6,6 +6,7 @@ blocks add, or a ControlNet that adds something between two blocks, never sees a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -55,10 +56,25 @@ class Borders:
         apart = place != source and place.startswith("cpu") and source.startswith("cpu")  # in a rehearsal
         device, copied = device_of(place), 0
         for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor) and (apart or leaf.device != device):
-                leaves[index] = carry(leaf, place)
-                copied += leaf.numel() * leaf.element_size()
+            if isinstance(leaf, torch.Tensor):
+                if apart or leaf.device != device:
+                    leaves[index] = carry(leaf, place)
+                    copied += leaf.numel() * leaf.element_size()
+            elif _holds_tensors(leaf):
+                attributes, size = self._moved(dict(vars(leaf)), place, source)
+                if size:
+                    leaves[index] = copy.copy(leaf)
+                    vars(leaves[index]).update(attributes)
+                    copied += size
         return (tree_unflatten(leaves, form), copied) if copied else (value, 0)
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    """Is it a plain object with tensors in it, such as the distribution that a VAE's encoder returns?"""
+    held = getattr(leaf, "__dict__", None)
+    if not held or isinstance(leaf, nn.Module | type):
+        return False
+    return any(isinstance(value, torch.Tensor) for value in held.values())
 
 
 def carry(data: torch.Tensor, place: str) -> torch.Tensor:
