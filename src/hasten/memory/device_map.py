@@ -50,7 +50,7 @@ class DeviceMap(Technique):
     `0-9` stands for ten blocks, `*` for everything not named. Nothing runs at the same time on two devices, so this
     makes room, not speed: each block on another device than its surroundings has its inputs brought and its outputs
     brought back in each call. Everything returns to where the caller's tensors are, so that caches and adapters work.
-    Tested with simulated devices (`cpu:1` and so on, which rehearse a map anywhere), and with the CPU and one GPU.
+    The tests use simulated devices (`cpu:1` and so on, which rehearse a map anywhere), and GPUs where there are any.
     """
 
     stage: ClassVar[Stage] = Stage.RESIDENCY
