@@ -64,7 +64,12 @@ def _sealed(techniques: tuple[Technique, ...], target: Target) -> Iterator[str]:
     """Say who decides inside a call that another one makes a single piece of."""
     for one, other in itertools.permutations(techniques, 2):
         decides = "nothing" if one.seals == "open" else other.decides(target)
-        if one.seals == "compiled" and decides == "within":
+        if one.seals != "open" and decides == "borders":
+            yield (
+                f"{type(other).__name__} moves tensors between devices in the middle of the denoiser's call, which "
+                f"{type(one).__name__} makes a single piece; use CompileBlocks, or place the denoiser as a whole."
+            )
+        elif one.seals == "compiled" and decides == "within":
             yield (
                 f"{type(other).__name__} decides in the middle of the denoiser's call, which {type(one).__name__} "
                 f"makes one graph; use CompileBlocks, or a cache with a fixed schedule."
@@ -119,6 +124,7 @@ CLAIMS = {
     "layout": "the memory layout of the weights",
     "linear.weight": "the weights of the same linear layers",
     "residency": "the placement of the weights",
+    "modulation": "the weights of adaptive norms",
 }
 """Resources in words, for refusals; a claim not listed here is shown as written."""
 

@@ -132,12 +132,18 @@ def accelerate(subject: object, recipe: Recipe | Technique | str) -> Session:
 
     Use it as `with hasten.accelerate(pipe, recipe) as session:`; leaving the block gives back the very pipeline
     that went in. Raises Refused with plain sentences when the combination cannot run, also together with a session
-    that is still open, before changing anything.
+    that is still open, and for settings that cannot be taken back, before changing anything.
     """
+    return _open(subject, as_recipe(recipe), for_good=False)
+
+
+def _open(subject: object, recipe: Recipe, *, for_good: bool) -> Session:
     target = subject if isinstance(subject, Target) else Target.of(subject)
     if target.device.type == "meta":
         raise HastenError(f"{target.title} has no weights (meta device): it can be planned, not run.")
-    plan = resolve(as_recipe(recipe), target).check()
+    plan = resolve(recipe, target).check()
+    if not for_good and (given_up := [short(item) for item in plan.techniques if item.irreversible()]):
+        raise Refused([f"{item} cannot be taken back; use hasten.apply_permanently for it." for item in given_up])
     present = [item for d in target.denoisers for applied in _APPLIED.get(d.module, ()) for item in applied]
     if taken := tuple(dict.fromkeys(clashes(plan.techniques, present))):
         raise Refused(taken)
@@ -146,6 +152,6 @@ def accelerate(subject: object, recipe: Recipe | Technique | str) -> Session:
 
 def apply_permanently(subject: object, recipe: Recipe | Technique | str) -> Session:
     """Apply a recipe for good: nothing is taken back, also not by leaving a `with` block."""
-    session = accelerate(subject, recipe)
+    session = _open(subject, as_recipe(recipe), for_good=True)
     session.keep_forever()
     return session

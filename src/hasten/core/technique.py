@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, cast, get_args,
 from hasten.core.errors import InvalidSetting, UnknownName, nearest
 
 Seal = Literal["open", "compiled", "recorded"]
-Decision = Literal["nothing", "beforehand", "within"]
+Decision = Literal["nothing", "beforehand", "within", "borders"]
 
 if TYPE_CHECKING:
     import torch
@@ -126,8 +126,15 @@ class Technique:
         """Does a decision wait for the GPU at each step, with these settings?"""
         return self.syncs
 
+    def irreversible(self) -> bool:
+        """Is something given up for good, with these settings? Then only `apply_permanently` takes it."""
+        return False
+
     def decides(self, target: Target) -> Decision:
-        """What is left out inside the denoiser's call: "nothing"; parts decided "beforehand"; or "within" the call."""
+        """What is left out inside the denoiser's call: "nothing"; parts decided "beforehand"; or "within" the call.
+
+        "borders" leaves out nothing, but moves tensors between devices in the middle of the call.
+        """
         return "nothing"
 
     def runs_on(self, target: Target) -> torch.device | None:
