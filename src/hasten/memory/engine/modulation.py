@@ -130,23 +130,35 @@ class Modulation:
         for table in self._tables:
             if moment.step < table.steps and table.batch() == size and table.condition.same(condition):
                 return table
-        for table in self._tables if not moment.first else ():
+        if (table := self._like(moment, size, condition)) is not None:
+            return table
+        stamps = known or self._timetable.inferred(self._timesteps(), stamp)
+        return self._build(given, condition, stamps, moment.branch)
+
+    def _like(self, moment: Moment, size: int, condition: Condition) -> Table | None:
+        """A table that was made for other tensors; those of the same guidance branch are looked at first."""
+        for table in sorted(self._tables, key=lambda table: table.branch != moment.branch):
+            if moment.first:
+                # The one wait of a request, much shorter than bringing the weights in again.
+                if moment.step < table.steps and table.batch() == size and table.condition.equal(condition):
+                    table.condition = condition
+                    return table
             # Half of a guided batch, or equal values in new tensors; the comparison of inputs tells.
-            if moment.step < table.steps and table.batch() in (size, 2 * size):
+            elif moment.step < table.steps and table.batch() in (size, 2 * size):
                 return table
-        return self._build(given, condition, known or self._timetable.inferred(self._timesteps(), stamp))
+        return None
 
     def _timesteps(self) -> torch.Tensor:
         scheduler = getattr(self._target.pipeline, "scheduler", None) or self._target.scheduler
         found = getattr(scheduler, "timesteps", None)
         return found if isinstance(found, torch.Tensor) else torch.empty(0)
 
-    def _build(self, given: Given, condition: Condition, stamps: list[torch.Tensor]) -> Table:
+    def _build(self, given: Given, condition: Condition, stamps: list[torch.Tensor], branch: str) -> Table:
         name = self.denoiser.spec.timestep
         self._computing = True
         try:
             with self._counts.watch.measuring(self._residency.copies.device):
-                table = Table([self._inputs(given.replaced(name, stamp)) for stamp in stamps], condition)
+                table = Table([self._inputs(given.replaced(name, stamp)) for stamp in stamps], condition, branch)
                 table.compute(self.slots, self._residency)
         finally:
             self._computing = False
