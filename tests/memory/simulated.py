@@ -64,7 +64,8 @@ class Watch(TorchDispatchMode):
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in () if self.device.copying else tree_leaves((args, kwargs)):
+        looking = not self.device.copying and func is not torch.ops.aten.detach.default  # what `.data` calls
+        for leaf in tree_leaves((args, kwargs)) if looking else ():
             if isinstance(leaf, torch.Tensor) and (name := self._homes.get(leaf.untyped_storage().data_ptr())):
                 self.found.add(f"{func} uses {name}")
         return func(*args, **(kwargs or {}))

@@ -74,7 +74,7 @@ class Residency:
 
     def hold(self, unit: Unit) -> None:
         """Have a unit on the device until `drop`."""
-        if id(unit) not in self._held:
+        if unit.weights and id(unit) not in self._held:
             self.enter(unit)
             self._held.add(id(unit))
 
