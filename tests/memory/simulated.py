@@ -1,4 +1,4 @@
-"""A device made of host memory: what is copied to it is counted, and what runs on weights that are not there is noted."""
+"""A device made of host memory: what is copied to it is counted, what runs on weights that are elsewhere is noted."""
 
 from __future__ import annotations
 
