@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,7 +91,7 @@ def copied(device: Device, among: Iterable[Unit]) -> list[str]:
 
 
 @contextmanager
-def watching(device: Device, among: Iterable[Unit]) -> Iterator[Watch]:
+def watching(device: Device, among: Iterable[Unit]) -> Generator[Watch]:
     """Fail if anything runs with weights elsewhere."""
     with Watch(device, among) as watch:
         yield watch
