@@ -17,7 +17,7 @@ from hasten.core.workload import Workload
 from hasten.memory import ModulationTable, modulation_table
 from hasten.memory.engine.modulation import Modulation
 from hasten.memory.engine.sizes import in_words
-from hasten.memory.engine.table import timed_linears
+from hasten.memory.engine.table import Condition, timed_linears
 from hasten.memory.engine.weights import size_of
 from tests.contract.rigs import ARCHITECTURES, Rig, fingerprint, make, plain_output
 from tests.memory.simulated import Device, watching
@@ -221,10 +221,12 @@ def test_timesteps_in_a_form_of_their_own_are_learned(device: Device) -> None:
     with rig.accelerated(TECHNIQUE) as session:
         assert close(rig.run(), expected)
         assert late(session) == 3, "the first request cannot know the steps to come"
+        for _ in range(2):
+            assert close(rig.run(), expected)
+        assert (built(session), late(session)) == (2, 3)
         rig.change = lambda given: added("guidance", 1.0)(change(given))
         assert close(rig.run(), Varied("flux", rig.change).run())
-        assert late(session) == 3
-        assert built(session) == 2
+        assert (built(session), late(session)) == (3, 3)
 
 
 def test_another_scheduler_form_for_a_known_schedule_is_noticed(device: Device) -> None:
@@ -235,7 +237,23 @@ def test_another_scheduler_form_for_a_known_schedule_is_noticed(device: Device) 
         rig.run()
         rig.change = change
         assert close(rig.run(), expected)
-        assert late(session) >= 1
+        assert late(session) == 4
+        rig.run()
+        learned = late(session)
+        assert close(rig.run(), expected)
+        assert late(session) == learned
+
+
+def test_the_very_same_tensors_are_not_compared(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing would wait for the GPU."""
+    rig, given = make("flux"), list[dict[str, Any]]()
+    given += rig._calls(0)
+    monkeypatch.setattr(rig, "_calls", lambda prompt: given)  # pyright: ignore[reportUnknownLambdaType]
+    with rig.accelerated(TECHNIQUE) as session:
+        rig.run()
+        monkeypatch.setattr(Condition, "equal", lambda *_: pytest.fail("waited"))  # pyright: ignore
+        assert close(rig.run(), plain_output("flux"))
+        assert built(session) == 1
 
 
 @pytest.mark.parametrize("architecture", ["stable_diffusion", "dit", "wan"])

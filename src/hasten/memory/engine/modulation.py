@@ -105,6 +105,8 @@ class Modulation:
         part = slice(0, None) if table is None else self._half(table, actual)
         if table is None or not self._agrees(table, moment, actual, part, certain=known is not None):
             self._counts.late_rows += 1
+            if table is not None:
+                table.wrong = True
             if known is not None:
                 self._timetable.forget()
             return self._computed(actual)
@@ -127,7 +129,9 @@ class Modulation:
         if begins:
             self._schedule, self._tables = (key, -1 if key is not None else moment.request), []
         condition, size = Condition(given, (spec.latents, spec.timestep)), next(iter(actual.values())).shape[0]
-        found = self._same(moment, size, condition) or self._like(moment, size, condition)
+        # Once it is known what all steps are given, nothing is expected of a table that was made from a wrong guess.
+        usable = [one for one in self._tables if moment.step < one.steps and (known is None or not one.wrong)]
+        found = self._same(usable, size, condition) or self._like(usable, moment, size, condition)
         if found is None:
             stamps = known or self._timetable.inferred(self._timesteps(), stamp)
             return self._build(given, condition, stamps, moment.branch)
@@ -135,16 +139,13 @@ class Modulation:
         self._tables = [*(table for table in self._tables if table is not found), found]
         return found
 
-    def _same(self, moment: Moment, size: int, condition: Condition) -> Table | None:
+    def _same(self, tables: list[Table], size: int, condition: Condition) -> Table | None:
         """The table that was made for these very tensors."""
-        fitting = (table for table in self._tables if moment.step < table.steps and table.batch() == size)
-        return next((table for table in fitting if table.condition.same(condition)), None)
+        return next((table for table in tables if table.batch() == size and table.condition.same(condition)), None)
 
-    def _like(self, moment: Moment, size: int, condition: Condition) -> Table | None:
+    def _like(self, tables: list[Table], moment: Moment, size: int, condition: Condition) -> Table | None:
         """A table that was made for other tensors; the latest of the same guidance branch is looked at first."""
-        for table in sorted(reversed(self._tables), key=lambda table: table.branch != moment.branch):
-            if moment.step >= table.steps:
-                continue
+        for table in sorted(tables[::-1], key=lambda table: table.branch != moment.branch):
             if moment.first:
                 # The one wait of a request, much shorter than bringing the weights in again.
                 if table.batch() == size and table.condition.equal(condition):

@@ -89,6 +89,8 @@ class Table:
 
     def __init__(self, inputs: list[Inputs], condition: Condition, branch: str = "") -> None:
         self.branch = branch
+        self.wrong = False
+        """Was a step given other inputs than the table was made from?"""
         self.inputs = {path: torch.stack([step[path] for step in inputs]) for path in inputs[0]}
         self.condition = condition
         self.steps = len(inputs)
