@@ -145,7 +145,8 @@ class Modulation:
 
     def _like(self, tables: list[Table], moment: Moment, size: int, condition: Condition) -> Table | None:
         """A table that was made for other tensors; the latest of the same guidance branch is looked at first."""
-        for table in sorted(tables[::-1], key=lambda table: table.branch != moment.branch):
+        latest = {id(table): number for number, table in enumerate(tables)}
+        for table in sorted(tables, key=lambda one: (one.branch == moment.branch, latest[id(one)]), reverse=True):
             if moment.first:
                 # The one wait of a request, much shorter than bringing the weights in again.
                 if table.batch() == size and table.condition.equal(condition):
