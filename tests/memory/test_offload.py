@@ -336,6 +336,29 @@ def test_parts_used_outside_their_block(monkeypatch: pytest.MonkeyPatch) -> None
     assert loads == 2 * 4, "once for the block and once for the output, in each of four steps"
 
 
+@pytest.mark.parametrize("model", ["emoji-flux", "emoji-sd", "emoji-dit"])
+def test_real_pipelines(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With text encoders, tokenizers and all; each kind, and beside a table."""
+    pipe: Any = hasten.load(model).pipeline
+    prompt: Any = [1] if model == "emoji-dit" else "pizza, fluent style"
+
+    def picture() -> torch.Tensor:
+        torch.manual_seed(0)
+        output = pipe(prompt, num_inference_steps=2, output_type="np").images[0]
+        return torch.from_numpy(output)
+
+    pipe.set_progress_bar_config(disable=True)
+    plain = picture()
+    for technique in (*VARIANTS[:2], VARIANTS[4], OneAtATime(device="cpu")):
+        device = simulated(monkeypatch)
+        with hasten.accelerate(pipe, technique) as session, watching(device, units(session, technique)):
+            assert torch.equal(picture(), plain)
+    with hasten.accelerate(pipe, BLOCKS | ModulationTable()) as session:
+        assert torch.allclose(picture(), plain, atol=1e-4)
+        assert len(session.evidence()) == 2
+    assert torch.equal(picture(), plain)
+
+
 REFUSALS: dict[str, tuple[Callable[[Rig], object], Offload, str]] = {
     "no GPU": (lambda rig: None, Offload(), "there is no GPU"),
     "no such component": (lambda rig: None, Offload(device="cpu", components=("unicorn",)), "called 'unicorn'"),

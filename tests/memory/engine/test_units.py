@@ -70,6 +70,17 @@ def test_a_unet_is_cut_inside_its_stages() -> None:
     assert len(names) > len(list(block_lists(target.modules["unet"])))
 
 
+@pytest.mark.parametrize("kind", ["blocks", "leaf"])
+def test_lists_with_empty_places(kind: Kind) -> None:
+    """A VAE without attention has a list of None."""
+    net = Net()
+    net.blocks[0] = nn.Sequential()
+    net.blocks._modules["1"] = None
+    found = Cut("net", net, kind)
+    assert sum(unit.bytes for unit in found.units) == size_of(net)
+    assert [module for module, _ in found.pieces() if module is net.blocks[4]]
+
+
 def test_a_vae_is_not_cut_in_blocks() -> None:
     target = Target.of(make("flux"))
     assert not cut(target, "vae", "blocks", 1).passing
