@@ -75,7 +75,8 @@ def test_lists_with_empty_places(kind: Kind) -> None:
     """A VAE without attention has a list of None."""
     net = Net()
     net.blocks[0] = nn.Sequential()
-    net.blocks._modules["1"] = None
+    empty: dict[str, nn.Module | None] = net.blocks._modules  # pyright: ignore[reportAssignmentType]
+    empty["1"] = None
     found = Cut("net", net, kind)
     assert sum(unit.bytes for unit in found.units) == size_of(net)
     assert [module for module, _ in found.pieces() if module is net.blocks[4]]
