@@ -202,10 +202,11 @@ def test_nothing_moved_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu() -> None:
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = with_encoder().to("cuda")
     plain = rig.run()
     rig.to("cpu")
+    monkeypatch.setattr(Rig, "device", torch.device("cuda"))  # as a pipeline, which asks where it runs
     with rig.accelerated(OneAtATime()):
         rig.run()
         assert torch.equal(rig.run(), plain)
