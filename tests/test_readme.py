@@ -19,10 +19,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-PAGE = (ROOT / "docs" / "attention.md").read_text("utf-8")
+PAGES = "".join((ROOT / "docs" / name).read_text("utf-8") for name in ("attention.md", "memory.md"))
 
 
-@pytest.mark.parametrize("code", [*blocks("python"), *re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)])
+@pytest.mark.parametrize("code", [*blocks("python"), *re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)])
 def test_python_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

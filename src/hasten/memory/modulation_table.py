@@ -28,8 +28,9 @@ class ModulationTable(Technique):
 
     In FLUX.1 these linears are 27 % of the parameters (6.5 GB in bfloat16), and in each step they multiply a single
     row. Their inputs depend on timestep, guidance and pooled text (or class) alone, so that one product a linear,
-    for all steps at once, is enough; only rounding differs. The table is rebuilt when schedule, guidance or pooled
-    text change, for which the weights come by once, one after the other: that is the cost of each prompt.
+    for all steps at once, is enough; only rounding differs. The table is rebuilt when the values of schedule, guidance
+    or pooled text change, for which the weights come by once, one after the other: that is the cost of each prompt.
+    To see whether they have changed, the first step of a request waits for the GPU; the others do not.
     """
 
     stage: ClassVar[Stage] = Stage.STRUCTURE

@@ -16,6 +16,11 @@ ALIGNMENT = 256
 """Bytes; what CUDA's own allocator guarantees."""
 
 
+def size_in_arena(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of a buffer for these tensors: each begins at a multiple of the alignment."""
+    return sum(-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+
+
 class Arena:
     """The given tensors, copied one after the other into one buffer of host memory; strides are kept."""
 
@@ -42,7 +47,10 @@ class Arena:
         """Page-lock the buffer, so that copies to a GPU run beside computation."""
         status = int(_runtime().cudaHostRegister(self.buffer.data_ptr(), self.buffer.numel(), 0))
         if status:
-            raise HastenError(f"The driver did not page-lock {self.buffer.numel()} bytes (CUDA error {status}).")
+            raise HastenError(
+                f"The driver did not page-lock {self.buffer.numel()} bytes (CUDA error {status}); "
+                "allow less with pinned='4GB', or none with pinned='0'."
+            )
         self._pinned = True
 
     def close(self) -> None:

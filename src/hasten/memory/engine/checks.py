@@ -23,9 +23,11 @@ class LateChecks:
     def __init__(self) -> None:
         self._pending: list[_Pending] = []
 
-    def expect_equal(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], failed: Callable[[], None]) -> None:
+    def expect_equal(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], failed: Callable[[], None], *, loose: bool = False
+    ) -> None:
         """Begin to compare; `failed` is called by a later `look` when any pair differs."""
-        found = torch.stack([(one != other).any() for one, other in pairs]).any()
+        found = torch.stack([differs(one, other, loose=loose) for one, other in pairs]).any()
         different = torch.empty((), dtype=torch.bool, pin_memory=True)
         different.copy_(found, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -39,6 +41,14 @@ class LateChecks:
             check.arrived.synchronize()
             if bool(check.different):
                 check.failed()
+
+
+def differs(one: torch.Tensor, other: torch.Tensor, *, loose: bool) -> torch.Tensor:
+    """Are two tensors different, if `loose` by more than rounding? One truth value, on their device."""
+    if not loose:
+        return (one != other).any()
+    rounding = 4 * torch.finfo(other.dtype).eps
+    return (one.float() - other.float()).norm() > rounding * other.float().norm()
 
 
 class Stopwatch:

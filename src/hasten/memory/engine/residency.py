@@ -31,13 +31,13 @@ class Ledger:
     def begun(self, unit: Unit) -> None:
         """Count a copy to the device."""
         self.loads += 1
-        self.moved += unit.bytes
-        self.present += unit.bytes
+        self.moved += unit.arriving
+        self.present += unit.arriving
         self.most = max(self.most, self.present)
 
     def gone(self, unit: Unit) -> None:
         """Count memory let go."""
-        self.present -= unit.bytes
+        self.present -= unit.arriving
 
 
 class Residency:
@@ -74,7 +74,7 @@ class Residency:
 
     def hold(self, unit: Unit) -> None:
         """Have a unit on the device until `drop`."""
-        if id(unit) not in self._held:
+        if unit.weights and id(unit) not in self._held:
             self.enter(unit)
             self._held.add(id(unit))
 
@@ -122,7 +122,7 @@ class Residency:
         if unit.arrival is not None:
             unit.arrival.wait()
             unit.arrival = None
-            self._ledger.in_vain += unit.bytes
+            self._ledger.in_vain += unit.arriving
             self._ledger.gone(unit)
         if (place := self._find(unit)) is not None:
             del self._order[place]

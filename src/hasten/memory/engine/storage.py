@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from hasten.memory.engine.arena import Arena
+from hasten.memory.engine.arena import Arena, size_in_arena
 from hasten.memory.engine.weights import Unit, dense
 
 
@@ -36,7 +36,7 @@ class Storage:
             packable = all(dense(weight.home) for weight in unit.weights)
             if self._files is not None and packable:
                 self._to_file(unit, self._files)
-            elif packable and 0 < unit.bytes <= self._budget - self.pinned:
+            elif packable and 0 < size_in_arena([weight.home for weight in unit.weights]) <= self._budget - self.pinned:
                 self._to_pinned(unit)
             else:
                 _to_host(unit)

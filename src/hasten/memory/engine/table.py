@@ -49,12 +49,12 @@ class Given(Mapping[str, Any]):
 
 
 class Condition:
-    """Identity of all that the table depends on besides the timestep; keeps the tensors alive."""
+    """All that the table depends on besides the timestep; keeps the tensors alive."""
 
     def __init__(self, given: Given, spare: tuple[str, ...]) -> None:
         names = sorted(name for name in given.read if name not in spare and name in given)
         leaves = [leaf for name in names for leaf in tree_leaves(given[name])]
-        self._kept = [(leaf, getattr(leaf, "_version", 0)) for leaf in leaves]
+        self._kept = [(leaf, _version(leaf)) for leaf in leaves]
 
     def same(self, other: Condition) -> bool:
         """Are these the very same objects, unchanged?"""
@@ -64,11 +64,33 @@ class Condition:
             for (one, version), (two, other_version) in pairs
         )
 
+    def equal(self, other: Condition) -> bool:
+        """Are these equal values, in other tensors? Waits for the GPU."""
+        pairs = list(zip(self._kept, other._kept, strict=False))
+        unchanged = all(_version(leaf) == version for leaf, version in self._kept)
+        return unchanged and len(self._kept) == len(other._kept) and all(_equal(a, b) for (a, _), (b, _) in pairs)
+
+
+def _version(leaf: object) -> int:
+    """How often a tensor was written into; those made in inference mode do not count it."""
+    return leaf._version if isinstance(leaf, torch.Tensor) and not leaf.is_inference() else 0
+
+
+def _equal(one: object, other: object) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return one is other or one == other
+    return one is other or (
+        one.device == other.device and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    )
+
 
 class Table:
     """Outputs of all linears for all steps: for each linear [steps, *shape of its output in one call]."""
 
-    def __init__(self, inputs: list[Inputs], condition: Condition) -> None:
+    def __init__(self, inputs: list[Inputs], condition: Condition, branch: str = "") -> None:
+        self.branch = branch
+        self.wrong = False
+        """Was a step given other inputs than the table was made from?"""
         self.inputs = {path: torch.stack([step[path] for step in inputs]) for path in inputs[0]}
         self.condition = condition
         self.steps = len(inputs)

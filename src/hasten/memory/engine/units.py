@@ -53,7 +53,8 @@ class Cut:
 
         These are the members of all module lists, and the root's own children.
         """
-        members = [m for list_ in self.module.modules() if isinstance(list_, nn.ModuleList) for m in list_]
+        lists = [part for part in self.module.modules() if isinstance(part, nn.ModuleList)]
+        members = [member for part in lists for _, member in part.named_children()]
         for module in {id(m): m for m in (*members, *self.module.children())}.values():
             inside = set(module.modules())
             if units := [unit for unit in self.passing if inside.intersection(unit.modules)]:
@@ -106,7 +107,8 @@ def _outermost_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.M
 
 
 def _named(path: str, members: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
-    for index, member in enumerate(members):
+    """The members by path; some lists of diffusers hold None in places."""
+    for index, member in members.named_children():
         yield f"{path}.{index}", member
 
 

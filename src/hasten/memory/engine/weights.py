@@ -19,6 +19,7 @@ class Weight:
         self.home = tensor.data
         self._device = tensor.device
         self._borrowed = False
+        self._version = 0
 
     @property
     def bytes(self) -> int:
@@ -42,6 +43,16 @@ class Weight:
         self.home, self._borrowed = present.to(self.home.device), False
         return True
 
+    def visit(self, data: torch.Tensor) -> None:
+        """Hold a copy of the data at home."""
+        self.tensor.data = data
+        self._version = self.tensor._version
+
+    def keep_changes(self, visiting: torch.Tensor) -> None:
+        """Bring home what was written into the copy: running statistics, a state that was loaded."""
+        if self.tensor._version != self._version and _same(self.tensor.data, visiting):
+            self.home.copy_(visiting)
+
     def restore(self) -> None:
         """Give the tensor data on the device where they were, in the layout that they have."""
         away = self._borrowed or self.home.device != self._device
@@ -59,6 +70,8 @@ class Unit:
         self.uses = 0
         self.present: list[torch.Tensor] | None = None
         """The data on the device of execution while they are there."""
+        self.arriving = 0
+        """Bytes of the latest copy to the device of execution."""
         self.arrival: Arrival | None = None
         """The copy that is on its way."""
         self.arena: Arena | None = None
@@ -74,17 +87,20 @@ class Unit:
         changed = [weight.adopt() for weight in self.weights]
         if any(changed):
             self.arena = None
-        return [weight.home for weight in self.weights] if self.arena is None else [self.arena.buffer]
+        found = [weight.home for weight in self.weights] if self.arena is None else [self.arena.buffer]
+        self.arriving = sum(source.numel() * source.element_size() for source in found)
+        return found
 
     def install(self, copies: list[torch.Tensor]) -> None:
         """Let the network use the copies."""
         self.present = copies if self.arena is None else self.arena.views(copies[0])
         for weight, data in zip(self.weights, self.present, strict=True):
-            weight.tensor.data = data
+            weight.visit(data)
 
     def withdraw(self) -> None:
         """Let the network hold the data at home again."""
         for weight, data in zip(self.weights, self.present or (), strict=True):
+            weight.keep_changes(data)
             if weight.adopt(data):
                 self.arena = None
             weight.tensor.data = weight.home
