@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from hasten.core.away import take_away
 from hasten.core.errors import NotEngaged
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Target
 from hasten.core.technique import Cost, Decision, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
-from hasten.memory.engine.away import take_away
 from hasten.memory.engine.copies import copies_to
 from hasten.memory.engine.modulation import Counts, Modulation
 from hasten.memory.engine.moving import pinned_bytes, special_weights

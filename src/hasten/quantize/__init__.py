@@ -1,3 +1,6 @@
 """Quantization of weights and activations."""
 
-__all__: list[str] = []
+from hasten.quantize.int8_linear import Int8Linear
+from hasten.quantize.weight_only import WeightOnly
+
+__all__ = ["Int8Linear", "WeightOnly"]

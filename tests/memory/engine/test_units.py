@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from hasten.core.away import take_away, taken_away
 from hasten.core.target import Target
-from hasten.memory.engine.away import take_away, taken_away
 from hasten.memory.engine.components import is_compiled
 from hasten.memory.engine.units import Cut, Kind, block_lists, cut
 from hasten.memory.engine.weights import all_tensors, dense, like, size_of

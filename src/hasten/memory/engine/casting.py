@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
+from hasten.core.away import taken_away
 from hasten.core.intercept import base_class
-from hasten.memory.engine.away import taken_away
 from hasten.memory.engine.weights import Weight
 
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)

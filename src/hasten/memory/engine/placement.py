@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hasten.core.away import taken_away
 from hasten.core.errors import nearest
 from hasten.core.target import Target
-from hasten.memory.engine.away import taken_away
 from hasten.memory.engine.balance import How, spread
 from hasten.memory.engine.places import canonical
 from hasten.memory.engine.units import block_lists

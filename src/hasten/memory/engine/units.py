@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from hasten.core.away import taken_away
 from hasten.core.target import Target
-from hasten.memory.engine.away import taken_away
 from hasten.memory.engine.weights import Unit, all_tensors, own_tensors
 
 Kind = Literal["model", "blocks", "leaf"]

@@ -1,4 +1,4 @@
-"""Weights that one technique of the family has taken off the device for good: the others do not move them."""
+"""Weights that one technique has taken off the device, or answers for, for good: others do not touch them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,157 @@
+"""The base of quantizers that put a quantized layer in the place of each linear layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from hasten.core.errors import NotEngaged, nearest
+from hasten.core.patch import Patch
+from hasten.core.session import Session
+from hasten.core.target import Target
+from hasten.core.technique import Cost, Evidence, Stage, Technique, about
+from hasten.core.workload import Workload
+from hasten.kernels.modules import Quantized
+from hasten.quantize.engine.originals import Originals, set_aside
+from hasten.quantize.engine.sites import FLOATING, Site, chosen_components, sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearQuantizer(Technique):
+    """Replaces layers by quantized ones. A subclass says how one layer is quantized; nothing else is needed."""
+
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    lossy: ClassVar[bool] = True
+    convolutions: ClassVar[bool] = False
+    """Does it take 1 x 1 convolutions as well?"""
+
+    components: tuple[str, ...] = field(
+        default=("transformer*", "unet", "prior", "denoiser"),
+        metadata=about("components whose linears are quantized, by name or pattern; text encoders can be named too"),
+    )
+    skip: tuple[str, ...] = field(
+        default=(), metadata=about("layers that stay as they are, as patterns of their paths")
+    )
+    originals: Literal["keep", "cpu", "drop"] = field(
+        default="cpu",
+        metadata=about("where the original weights wait: where they are, in host memory, or nowhere (for good)"),
+    )
+
+    @abstractmethod
+    def quantize(self, site: Site) -> Quantized:
+        """The quantized layer for one place; on the meta device for a weight that is there."""
+
+    def claims(self) -> tuple[str, ...]:
+        """The weights of the linears of its components."""
+        return tuple(f"linear.weight:{pattern}" for pattern in self.components)
+
+    def irreversible(self) -> bool:
+        """Are the originals given up?"""
+        return self.originals == "drop"
+
+    def takes(self, target: Target) -> list[Site]:
+        """The layers that are quantized."""
+        return sites(target, self.components, self.skip, self.convolutions)
+
+    def problems(self, target: Target) -> Iterable[str]:
+        """Needs linear layers with plain weights of 16 or 32 bits in blocks."""
+        names = chosen_components(target, self.components)
+        if not names:
+            yield f"no component is called {' or '.join(self.components)}. {nearest('', list(target.modules))}"
+        found = self.takes(target)
+        for name in names:
+            yield from _obstacles(name, [site for site in found if site.component == name])
+
+    def apply(self, target: Target, patch: Patch) -> None:
+        """Quantize layer by layer, and put the results in their places."""
+        state = patch.keep(Replaced(Originals(self.originals)))
+        for site in self.takes(target):
+            module = self.quantize(site)
+            state.add(site, module)
+            patch.swap(site.parent, site.name, module, self.describe(module))
+            set_aside(site.layer, state.originals, patch)
+        for name in chosen_components(target, self.components):
+            patch.around(target.modules[name], state.count, "calls are counted")
+
+    def describe(self, module: Quantized) -> str:
+        """What stands in the session's log for a replaced layer."""
+        activations = f", activations {module.activations}" if module.activations != "none" else ""
+        return f"weight is kept as {module.number}{activations}"
+
+    def engaged(self, session: Session) -> Evidence:
+        """The quantized layers are in their places, take less memory, and the network has run with them."""
+        return session.state(self, Replaced).evidence()
+
+    def cost(self, target: Target, workload: Workload) -> Cost:
+        """Memory is that of codes and scales; what it does to time depends on the kernels of the machine."""
+        held = {name: _bytes(target.modules[name]) for name in chosen_components(target, self.components)}
+        for site in self.takes(target):
+            held[site.component] += self.stored(site) - site.weight.nbytes
+        return Cost(held=held, basis="formula")
+
+    def stored(self, site: Site) -> int:
+        """Bytes that the layer will take in place of its weight."""
+        layer = nn.Linear(1, 1, bias=False, device="meta")
+        layer.weight = nn.Parameter(torch.empty_like(site.weight, device="meta"), requires_grad=False)
+        return sum(buffer.nbytes for buffer in self.quantize(replace(site, layer=layer)).buffers())
+
+
+class Replaced:
+    """The quantized layers of a session and their originals."""
+
+    def __init__(self, originals: Originals) -> None:
+        self.originals, self.calls = originals, 0
+        self.places: list[tuple[Site, Quantized]] = []
+        self.bytes_before = 0
+
+    def add(self, site: Site, module: Quantized) -> None:
+        """Note a replaced layer."""
+        self.places.append((site, module))
+        self.bytes_before += site.weight.nbytes
+
+    def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A link around a network."""
+        result = call(*args, **kwargs)
+        self.calls += 1
+        return result
+
+    def evidence(self) -> Evidence:
+        """What shows that the layers took part; raises NotEngaged otherwise."""
+        if not self.calls:
+            raise NotEngaged("no network with quantized layers was called.")
+        if gone := sum(not in_place(site, module) for site, module in self.places):
+            raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
+        now = sum(buffer.nbytes for _, module in self.places for buffer in module.buffers())
+        if now >= self.bytes_before:
+            raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
+        bits = 8 * now / sum(module.quantized.codes.shape[0] * module.columns for _, module in self.places)
+        return Evidence(
+            summary=f"{len(self.places)} weights of {self.bytes_before / 2**20:.2f} MiB are stored in "
+            f"{now / 2**20:.2f} MiB ({bits:.2f} bits a weight) and took part in {self.calls} calls"
+        )
+
+
+def in_place(site: Site, module: nn.Module) -> bool:
+    """Is a module where the layer was, if need be inside an adapter (PEFT)?"""
+    present = site.parent._modules[site.name]
+    return module is present or (present is not None and present._modules.get("base_layer") is module)
+
+
+def _obstacles(component: str, found: list[Site]) -> Iterator[str]:
+    if not found:
+        yield f"the {component} has no linear layers in blocks that could be quantized."
+    kinds = {str(site.weight.dtype) for site in found if site.weight.dtype not in FLOATING}
+    kinds |= {type(site.layer.weight.data).__name__ for site in found} - {"Tensor"}
+    if kinds:
+        yield f"weights of the {component} are of type {' and '.join(sorted(kinds))} and cannot be quantized again."
+    if any(hasattr(site.layer, "_hf_hook") or hasattr(site.layer, "_diffusers_hook") for site in found):
+        yield f"the layers of the {component} carry hooks of accelerate or diffusers; take those off first."
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))

@@ -1,0 +1,90 @@
+"""The layers of a pipeline that a quantizer may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import cast
+
+import torch
+from torch import nn
+
+from hasten.core.away import taken_away
+from hasten.core.intercept import base_class
+from hasten.core.target import Target
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer with its place in a component."""
+
+    component: str
+    path: str
+    """Of the layer, relative to the component."""
+    parent: nn.Module
+    layer: nn.Linear | nn.Conv2d
+
+    @property
+    def name(self) -> str:
+        """Its name in the parent."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, without gradient."""
+        return self.layer.weight.detach()
+
+    @property
+    def is_conv(self) -> bool:
+        """Is it a convolution?"""
+        return isinstance(self.layer, nn.Conv2d)
+
+
+def chosen_components(target: Target, patterns: Iterable[str]) -> list[str]:
+    """Names of the components that match one of the patterns."""
+    return [name for name in target.modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def sites(target: Target, components: Iterable[str], skip: Iterable[str], convolutions: bool = False) -> list[Site]:
+    """The linears (and 1 x 1 convolutions) in the blocks of components, less those that match `skip`.
+
+    What stands outside of numbered blocks - embeddings, the first and the last projection - is never taken, nor are
+    adapters (LoRA), layers that the model wants in float32, weights that another technique has taken over, and layers
+    whose inputs or outputs are no multiple of 8, of which neither packed rows nor products of 8 bits can be made.
+    """
+    return [
+        site for name in chosen_components(target, components) for site in _in(target, name, tuple(skip), convolutions)
+    ]
+
+
+def _in(target: Target, component: str, skip: tuple[str, ...], convolutions: bool) -> Iterator[Site]:
+    network = target.modules[component]
+    away = {id(tensor) for tensor in taken_away(network)}
+    wide = set(cast("Iterable[str]", getattr(network, "_keep_in_fp32_modules", None) or ()))
+    for path, layer in network.named_modules():
+        parts = path.split(".")
+        if not _takes(layer, convolutions) or not any(part.isdigit() for part in parts) or wide.intersection(parts):
+            continue
+        if id(layer.weight) in away or any(fnmatchcase(path, pattern) for pattern in ("*lora_*", *skip)):
+            continue
+        parent = network.get_submodule(path.rpartition(".")[0])
+        yield Site(component, path, parent, cast(nn.Linear, layer))
+
+
+def _takes(layer: nn.Module, convolutions: bool) -> bool:
+    kind = base_class(layer)
+    if kind is nn.Conv2d:
+        return convolutions and _pointwise(cast(nn.Conv2d, layer)) and _even(layer)
+    return kind is nn.Linear and _even(layer)
+
+
+def _pointwise(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == (1, 1) and layer.groups == 1 and layer.stride == (1, 1) and layer.padding == (0, 0)
+
+
+def _even(layer: nn.Module) -> bool:
+    outputs, inputs = cast(torch.Tensor, layer.weight).shape[:2]
+    return outputs % 8 == 0 and inputs % 8 == 0
