@@ -16,7 +16,7 @@ from hasten.core.registry import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "hasten").rglob("*.py"))
-LAYERS = ["core", "kernels", "denoisers", "models", "family", "measure", "search", "cli"]
+LAYERS = ["core", "kernels", "denoisers", "models", "formats", "family", "measure", "search", "cli"]
 """Each may import those before it; `models` and the families do not import each other."""
 
 

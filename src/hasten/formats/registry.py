@@ -1,0 +1,16 @@
+"""All formats by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from hasten.formats.format import Format
+
+
+@functools.cache
+def formats() -> Mapping[str, Format]:
+    """All formats by name, the most particular first: a file is read by the first that recognizes it."""
+    found: list[Format] = []
+    return MappingProxyType({item.name: item for item in found})
