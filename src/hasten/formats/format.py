@@ -48,6 +48,7 @@ class Reader(ABC):
     def read(self, name: str) -> Entry:
         """Read one entry. Tensors may be views of the mapped file: they are valid while the reader is open."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the file."""
 
