@@ -38,10 +38,11 @@ def test_refusals_are_as_recorded(architecture: str, table: Any) -> None:
 
 def sample() -> list[tuple[str, str]]:
     """Combinations of three that hold every pair of some two architectures, each pair on one of the two if it can."""
-    recorded, seen = read_json(TABLE)["outcomes"], set[tuple[str, ...]]()
+    recorded: Any = read_json(TABLE)
+    seen = set[tuple[str, ...]]()
     found: list[tuple[str, str]] = []
     for architecture in TRIPLES_ON:
-        for text, outcome in recorded[architecture].items():
+        for text, outcome in recorded["outcomes"][architecture].items():
             pairs = set(itertools.combinations(text.split(" + "), 2))
             if text.count(" + ") == 2 and outcome == APPLIES and not seen.issuperset(pairs):
                 found.append((architecture, text))
