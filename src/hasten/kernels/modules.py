@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hasten.kernels.activations import Activations
-from hasten.kernels.hadamard import rotate
 from hasten.kernels.numbers import NUMBERS
+from hasten.kernels.prepared import prepare, raw_weight
 from hasten.kernels.product import operate
 from hasten.kernels.weight import TENSORS, QuantizedWeight
 
@@ -92,16 +92,14 @@ class Quantized(nn.Module):
     def effective(self) -> torch.Tensor:
         """The weight that a plain layer needs to compute the same, float32 in the layer's shape."""
         matrix = self.quantized.dequantize().reshape(self.shape[0], -1)
-        matrix = matrix if self.rotation == 1 else rotate(matrix, self.rotation)
-        matrix = matrix if self.smooth is None else matrix / self.smooth.float()
+        matrix = raw_weight(matrix, self.smooth, self.rotation)
         if self.down is not None and self.up is not None:
             matrix = matrix + self.up.float() @ self.down.float()
         return matrix.reshape(self.shape)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for an input whose last dimension holds the channels."""
-        inner = x if self.smooth is None else x / self.smooth.to(x.dtype)
-        inner = inner if self.rotation == 1 else rotate(inner, self.rotation)
+        inner = prepare(x, self.smooth, self.rotation)
         tensors = [self._buffers[name] for name in TENSORS]
         facts = (self.shape, self.number, self.columns, self.activations)
         found = operate(inner, tensors, self.bias, self.input_scale, *facts)
