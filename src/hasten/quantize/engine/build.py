@@ -24,12 +24,13 @@ def quantized_layer(
     `given` smooths or rotates itself, that is all that is done, so its weight has to be made from `site.raw_weight`.
     The side branch is always for inputs as they come.
     """
-    layer, bias = site.layer, site.layer.bias
+    layer, bias, dtype = site.layer, site.layer.bias, site.weight.dtype
     given = _taken_over(site, given or Input())
     if not isinstance(layer, nn.Conv2d):
-        return QuantizedLinear(weight, bias, given=given, low_rank=low_rank)
+        return QuantizedLinear(weight, bias, given=given, low_rank=low_rank, dtype=dtype)
     stride, padding = cast("tuple[int, int]", layer.stride), cast("tuple[int, int]", layer.padding)
-    return QuantizedConv2d(weight, bias, given=given, low_rank=low_rank, stride=stride, padding=padding)
+    place = {"stride": stride, "padding": padding}
+    return QuantizedConv2d(weight, bias, given=given, low_rank=low_rank, dtype=dtype, **place)
 
 
 def _taken_over(site: Site, given: Input) -> Input:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from hasten.core.errors import NotEngaged, nearest
+from hasten.core.errors import HastenError, NotEngaged, nearest
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Target
@@ -71,12 +71,18 @@ class LinearQuantizer(Technique):
         """Quantize layer by layer, and put the results in their places."""
         state = patch.keep(Replaced(Originals(self.originals)))
         for site in self.takes(target):
-            module = self.quantize(site)
+            module = self._quantized(site)
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
+
+    def _quantized(self, site: Site) -> Quantized:
+        try:
+            return self.quantize(site)
+        except HastenError as error:
+            raise HastenError(f"{site.component}.{site.path}: {error}") from error
 
     def describe(self, module: Quantized) -> str:
         """What stands in the session's log for a replaced layer."""
