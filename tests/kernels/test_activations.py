@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hasten.kernels.activations import Activations, float8_tokens, int8_tokens, rounded
+from hasten.kernels.activations import Activations, float8_blocks, float8_tokens, int8_tokens, rounded
 
-LIMITS: dict[Activations, float] = {"int8": 0.012, "float8": 0.04, "int4": 0.16}
+LIMITS: dict[Activations, float] = {"int8": 0.012, "float8": 0.04, "float8_block": 0.04, "int4": 0.16}
 
 
 @pytest.mark.parametrize("kind", LIMITS)
@@ -47,6 +47,15 @@ def test_a_fixed_scale_clips() -> None:
     values = torch.tensor([[1.0, 2.0, 1000.0, -1000.0]])
     codes, scale = float8_tokens(values, torch.tensor(0.5))
     assert (codes.float() * scale).tolist() == [[1.0, 2.0, 224.0, -224.0]]
+
+
+def test_blocks_of_a_token_have_scales_of_their_own() -> None:
+    values = torch.randn(2, 256)
+    alone = rounded(values[:, 128:], "float8")
+    values[:, :128] *= 1e6
+    assert torch.equal(rounded(values, "float8_block")[:, 128:], alone)
+    assert not torch.equal(rounded(values, "float8")[:, 128:], alone)
+    assert float8_blocks(torch.randn(3, 96))[1].shape == (3, 3), "groups of 32 where 128 does not divide"
 
 
 def test_none_leaves_them_alone() -> None:
