@@ -12,7 +12,7 @@ from torch import nn
 
 from hasten.core.target import Target
 from hasten.core.technique import about
-from hasten.kernels.bitsandbytes import quantize_4bit, quantize_8bit
+from hasten.kernels.bitsandbytes import BLOCK, quantize_4bit, quantize_8bit
 from hasten.kernels.modules import Input
 from hasten.quantize.engine.build import quantized_layer
 from hasten.quantize.engine.library import library_layer
@@ -57,12 +57,19 @@ class BitsAndBytes(LinearQuantizer):
         return any(f"{path}.".startswith(f"{name}.") or f".{path}".endswith(f".{name}") for name in self.skip_modules)
 
     def problems(self, target: Target) -> Iterable[str]:
-        """Needs what every quantizer needs, and the library if its layers are asked for."""
+        """Needs what every quantizer needs, and for the library's layers the library, and sizes that it can do."""
         yield from super().problems(target)
-        if self.backend == "library" and importlib.util.find_spec("bitsandbytes") is None:
+        if self.backend == "hasten":
+            return
+        if importlib.util.find_spec("bitsandbytes") is None:
             yield (
                 "bitsandbytes is not installed: pip install 'bitsandbytes>=0.46'; "
                 'without it, backend="hasten" makes the same codes.'
+            )
+        elif self.bits == 4 and target.device.type == "cpu" and any(map(_uneven, self.takes(target))):
+            yield (
+                "on a CPU the 4-bit layers of bitsandbytes need inputs that 64 divides and outputs that 32 divides; "
+                'backend="hasten" takes all, or name the other layers in skip_modules.'
             )
 
     def quantize(self, site: Site) -> nn.Module:
@@ -74,3 +81,8 @@ class BitsAndBytes(LinearQuantizer):
             weight = quantize_4bit(site.weight, self.quant_type, double=self.double_quant)
             return quantized_layer(site, weight, Input(compute=dtype))
         return quantized_layer(site, quantize_8bit(site.weight), Input(activations="int8", threshold=self.threshold))
+
+
+def _uneven(site: Site) -> bool:
+    outputs, inputs = site.weight.shape
+    return bool(outputs % 32 or inputs % BLOCK)
