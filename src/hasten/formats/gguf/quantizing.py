@@ -81,7 +81,7 @@ def fitting(kind: str, shape: tuple[int, ...]) -> tuple[BlockType, int] | None:
     """
     if kind not in QUANTIZERS:
         raise UnknownName("GGUF type", kind, QUANTIZERS)
-    total, columns = math.prod(shape), math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    total, columns = math.prod(shape), math.prod(shape[1:] or shape)
     for name in (kind, INSTEAD.get(kind)):
         found = BY_NAME[name] if name else None
         if found and total and total % found.block == 0:
