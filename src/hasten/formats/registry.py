@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hasten.formats.format import Format
+from hasten.formats.own import Own
+from hasten.formats.plain import PlainSafetensors
 
 
 @functools.cache
 def formats() -> Mapping[str, Format]:
     """All formats by name, the most particular first: a file is read by the first that recognizes it."""
-    found: list[Format] = []
+    found: list[Format] = [
+        Own(),
+        PlainSafetensors(),
+    ]
     return MappingProxyType({item.name: item for item in found})
