@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from hasten.core.errors import UnknownName
 from hasten.formats.format import BadFile, Format, Reader
@@ -16,6 +17,12 @@ class Opened:
 
     format: Format
     reader: Reader
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
 
 
 def format_named(name: str) -> Format:

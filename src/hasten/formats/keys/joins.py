@@ -52,9 +52,7 @@ class Outputs(Join):
         weights = split_outputs(whole.weight, sizes)
         low = whole.low_rank
         branches = [None] * len(sizes) if low is None else [LowRank(low.down, up) for up in low.up.split(sizes)]
-        return [
-            replace(whole, weight=weight, low_rank=branch) for weight, branch in zip(weights, branches, strict=True)
-        ]
+        return [Entry(weight, whole.given, branch) for weight, branch in zip(weights, branches, strict=True)]
 
     def join(self, parts: Sequence[Entry]) -> Entry:
         """Put one below the other. Raises CannotJoin if the parts do different things to their input."""

@@ -179,6 +179,12 @@ class Renamed(Reader):
         """Names after the change."""
         return list(self._home)
 
+    def sources(self) -> int:
+        """How many weights of the reader beneath take part."""
+        steps = {id(step): step for step, _ in self._home.values()}
+        taken = {source for step in steps.values() for source in step.sources}
+        return len(taken) if not isinstance(self.reader, Renamed) else self.reader.sources()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape after the change."""
         step, index = self._home[name]
