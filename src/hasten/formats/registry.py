@@ -6,7 +6,10 @@ import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from hasten.formats.bfl import BFL, ModelOpt
+from hasten.formats.comfy.format import ComfyQuant
 from hasten.formats.format import Format
+from hasten.formats.fp8_scaled import Fp8Scaled
 from hasten.formats.own import Own
 from hasten.formats.plain import PlainSafetensors
 
@@ -16,6 +19,10 @@ def formats() -> Mapping[str, Format]:
     """All formats by name, the most particular first: a file is read by the first that recognizes it."""
     found: list[Format] = [
         Own(),
+        ComfyQuant(),
+        Fp8Scaled(),
+        BFL(),
+        ModelOpt(),
         PlainSafetensors(),
     ]
     return MappingProxyType({item.name: item for item in found})

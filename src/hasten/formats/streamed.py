@@ -152,7 +152,7 @@ def write_tensors(
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order."""
     plain = tensor.detach().cpu().contiguous()
-    return cast("memoryview", plain.reshape(-1).view(torch.uint8).numpy().data)
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:

@@ -27,31 +27,39 @@ def affine(
     above, wx = x - low, w * x
     sum_w, sum_x = w.sum(-1, keepdim=True), wx.sum(-1, keepdim=True)
     best_scale, best_minimum = span / top, -low
-    best = torch.full_like(sum_x, -torch.inf)
+    best = _left((above * (top / span)).round_().clamp_(0, top), best_scale, best_minimum, x, w)
     for step in steps:
         codes = (above * ((top + step) / span)).round_().clamp_(0, top)
-        weighted = w * codes
-        sum_l = weighted.sum(-1, keepdim=True)
-        sum_ll, sum_xl = (weighted * codes).sum(-1, keepdim=True), (wx * codes).sum(-1, keepdim=True)
-        scale, minimum = _line(sum_w, sum_x, sum_l, sum_ll, sum_xl)
-        # What the least squares explain of the sum of squares; NaN where there is nothing to fit.
-        gain = scale * sum_xl - minimum * sum_x
-        better = gain > best
-        best = torch.where(better, gain, best)
-        best_scale = torch.where(better, scale, best_scale)
-        best_minimum = torch.where(better, minimum, best_minimum)
+        scale, minimum = _line(codes, w, wx, sum_w, sum_x)
+        error = _left(codes, scale, minimum, x, w)
+        better = error < best  # False for NaN, where there is nothing to fit.
+        best = torch.where(better, error, best)
+        best_scale, best_minimum = torch.where(better, scale, best_scale), torch.where(better, minimum, best_minimum)
     return best_scale, best_minimum
 
 
+def _left(
+    codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, x: torch.Tensor, w: torch.Tensor
+) -> torch.Tensor:
+    """The sum of weighted squares that is left; `codes` are overwritten.
+
+    Not from the sums of the least squares: where few numbers outweigh all others, rounding errors would be left of it.
+    """
+    return codes.mul_(scale).sub_(minimum).sub_(x).square_().mul_(w).sum(-1, keepdim=True)
+
+
 def _line(
-    sum_w: torch.Tensor, sum_x: torch.Tensor, sum_l: torch.Tensor, sum_ll: torch.Tensor, sum_xl: torch.Tensor
+    codes: torch.Tensor, w: torch.Tensor, wx: torch.Tensor, sum_w: torch.Tensor, sum_x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The s and m >= 0 of the least weighted squares of s * l - m - x."""
+    """The s and m >= 0 of the least weighted squares of s * code - m - x."""
+    weighted = w * codes
+    sum_l = weighted.sum(-1, keepdim=True)
+    sum_ll, sum_xl = weighted.mul_(codes).sum(-1, keepdim=True), (wx * codes).sum(-1, keepdim=True)
     free = sum_w * sum_ll - sum_l * sum_l
+    free = torch.where(free > 1e-6 * sum_w * sum_ll, free, torch.nan)  # All codes are the same.
     minimum = (sum_l * sum_xl - sum_ll * sum_x) / free
     scale = (sum_w * sum_xl - sum_x * sum_l) / free
-    through_zero = minimum < 0
-    return torch.where(through_zero, sum_xl / sum_ll, scale), minimum.clamp(min=0)
+    return torch.where(minimum < 0, sum_xl / sum_ll, scale), minimum.clamp(min=0)
 
 
 def symmetric(x: torch.Tensor, w: torch.Tensor, half: int, steps: Iterable[float] = STEPS) -> torch.Tensor:
@@ -70,9 +78,10 @@ def tabled(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor, tries: int = 7
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     wx = w * x
     best_scale, best = torch.zeros_like(extreme), torch.zeros_like(extreme)
-    for step in range(-tries, tries + 1):
-        levels = table[nearest(x * ((table[0] + step) / extreme), table)]
-        best_scale, best = _fitted(levels, w, wx, best_scale, best)
+    for end in (table[0], -table[0]):
+        for step in range(-tries, tries + 1, 2):
+            levels = table[nearest(x * ((end + step) / extreme), table)]
+            best_scale, best = _fitted(levels, w, wx, best_scale, best)
     return best_scale
 
 
