@@ -151,12 +151,24 @@ def _any_coded(reader: Reader) -> bool:
 
 def _fingerprint(order: Order, opened: Opened) -> Mapping[str, Any]:
     """On what results depend: they can be taken over only if all of it is the same."""
-    stat = order.source.stat()
     return {
-        "source": order.source.name, "bytes": stat.st_size, "changed": stat.st_mtime_ns,
+        "source": order.source.name, "bytes": size_of(order.source), "changed": _changed(order.source),
         "weights": hashlib.sha256("\n".join(opened.reader.names()).encode()).hexdigest(),
         "format": order.format, "kind": order.kind, "keys": order.keys, "rotate": order.rotate,
     }  # fmt: skip
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file of weights, or of all that lie in a folder."""
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _changed(path: Path) -> int:
+    return max((file.stat().st_mtime_ns for file in _files(path)), default=0)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
 def _metadata(opened: Opened, layout: Format, reader: Reader) -> dict[str, Any]:
