@@ -83,12 +83,12 @@ def convert(
 
 
 def _summary(done: Conversion, source: Path, target: Path) -> str:
-    before, after = (path.stat().st_size / 2**20 if path.is_file() else 0.0 for path in (source, target))
+    from hasten.formats.converting import size_of
+
+    before, after = (size_of(path) / 2**20 for path in (source, target))
     taken = f", {done.resumed} of them taken over from the interrupted conversion" if done.resumed else ""
     left = (
-        f"\n{done.left_out} entries that belong to no such network, or are not needed, were left out."
-        if done.left_out
-        else ""
+        f"\n{done.left_out} entries of other networks, or that are not needed, were left out." if done.left_out else ""
     )
     return (
         f"{done.kept} weights kept exactly, {done.coded} plain ones coded or cast, {done.recoded} recoded{taken}.\n"

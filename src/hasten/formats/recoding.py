@@ -33,13 +33,19 @@ class Recoding:
     def __call__(self, name: str, entry: Entry) -> Entry:
         """The entry for the target. Raises HastenError if the target cannot hold what was asked for."""
         if self.rotated:
-            return self._fitting(name, entry, rotated(entry) if _turns(name, entry) else entry)
+            return self._fitting(name, entry, rotated(entry) if self._turns(name, entry) else entry)
         if isinstance(entry.weight, torch.Tensor):
             return entry if self._stays_plain(entry) else self._quantized(name, entry)
         if self.kind is None and self.layout.accepts(entry):
             return entry
         made = self._quantized(name, entry)
         return entry if self.layout.accepts(entry) and _alike(entry, made) else made
+
+    def _turns(self, name: str, entry: Entry) -> bool:
+        weight = entry.weight
+        if isinstance(weight, torch.Tensor):
+            return not self.already and is_linear(name, weight)
+        return len(weight.shape) == 2
 
     def _stays_plain(self, entry: Entry) -> bool:
         meant = self.kind is None and (self.already or self.layout.name == _PLAIN)
@@ -84,11 +90,6 @@ def rotated(entry: Entry) -> Entry:
     turned = matrix if given.rotation > 1 else rotate(matrix, group)
     made = Input(given.smooth, group, "int8", None)
     return Entry(quantize_integer(turned, 8), made, entry.low_rank)
-
-
-def _turns(name: str, entry: Entry) -> bool:
-    weight = entry.weight
-    return is_linear(name, weight) if isinstance(weight, torch.Tensor) else len(weight.shape) == 2
 
 
 def _alike(entry: Entry, made: Entry) -> bool:
