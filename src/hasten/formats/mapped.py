@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import sys
 from collections.abc import Mapping, Sequence
@@ -81,10 +80,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Let go of the files; views that are still in use keep theirs."""
-        for item in self._maps:
-            with contextlib.suppress(BufferError):
-                if item is not None:
-                    item.close()
+        # A mapping ends with its last view. Closing it here would leave views of nothing: torch locks no buffer.
         self._maps = [None] * len(self._maps)
 
     def __enter__(self) -> Self:

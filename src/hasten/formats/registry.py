@@ -10,8 +10,11 @@ from hasten.formats.bfl import BFL, ModelOpt
 from hasten.formats.comfy.format import ComfyQuant
 from hasten.formats.format import Format
 from hasten.formats.fp8_scaled import Fp8Scaled
+from hasten.formats.nunchaku.format import Nunchaku, NunchakuLite
 from hasten.formats.own import Own
+from hasten.formats.packed import AWQ, GPTQ
 from hasten.formats.plain import PlainSafetensors
+from hasten.formats.torchao import TorchAO
 
 
 @functools.cache
@@ -19,8 +22,13 @@ def formats() -> Mapping[str, Format]:
     """All formats by name, the most particular first: a file is read by the first that recognizes it."""
     found: list[Format] = [
         Own(),
+        TorchAO(),
         ComfyQuant(),
         Fp8Scaled(),
+        NunchakuLite(),
+        Nunchaku(),
+        GPTQ(),
+        AWQ(),
         BFL(),
         ModelOpt(),
         PlainSafetensors(),
