@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -69,7 +69,10 @@ def entries(model: nn.Module) -> Iterator[tuple[str, Entry]]:
 
 def entry_of(layer: Quantized) -> Entry:
     """The weight of a quantized layer with all that belongs to it, in host memory."""
-    given = Input(_cpu(layer.smooth), layer.rotation, cast(Activations, layer.activations), _cpu(layer.input_scale))
+    given = Input(
+        _cpu(layer.smooth), layer.rotation, cast(Activations, layer.activations), _cpu(layer.input_scale),
+        layer.threshold, layer.compute,
+    )  # fmt: skip
     low = None if layer.down is None or layer.up is None else LowRank(layer.down.cpu(), layer.up.cpu())
     return Entry(layer.quantized.map(torch.Tensor.cpu), given, low)
 
@@ -186,7 +189,7 @@ def _pair(values: object) -> tuple[int, int]:
 
 
 def _own_input(given: Input) -> Input:
-    return Input(_clone(given.smooth), given.rotation, given.activations, _clone(given.scale))
+    return replace(given, smooth=_clone(given.smooth), scale=_clone(given.scale))
 
 
 def _own_branch(low: LowRank | None) -> LowRank | None:

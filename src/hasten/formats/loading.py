@@ -19,6 +19,7 @@ from hasten.formats.format import Reader
 from hasten.formats.keys import in_scheme, recognized
 from hasten.formats.opening import open_file
 from hasten.formats.saving import METHOD, RECORD, VERSION
+from hasten.kernels.modules import Quantized
 from hasten.models import LoadedModel, bundled, device_for, dtype_for, dtype_named, find_folder
 from hasten.models import load as load_pipeline
 
@@ -103,9 +104,19 @@ def _dtypes(folder: Path) -> dict[str, str]:
 
 
 def _saved_network(folder: Path, kind: Any, dtype: str | None) -> nn.Module:
-    model = _build(kind, _config(folder, kind))
+    model = _build(kind, _config(folder))
     with open_file(_weights_in(folder)).reader as reader:
-        return _filled(model, reader, None if dtype is None else dtype_named(dtype), folder)
+        _filled(model, reader, None if dtype is None else dtype_named(dtype), folder)
+    saved = dtype_named(dtype or _saved_dtype(folder))
+    for layer in model.modules():
+        if isinstance(layer, Quantized):
+            layer.dtype = saved if layer.bias is None else layer.bias.dtype
+    return model
+
+
+def _saved_dtype(folder: Path) -> str:
+    note = cast("dict[str, Any]", read_json(folder / "config.json"))["quantization_config"]
+    return str(note.get("dtype"))
 
 
 def _weights_in(folder: Path) -> Path:
@@ -182,7 +193,7 @@ def _base_config(base: str, place: _Place, reader: Reader) -> Mapping[str, Any]:
     """From the base's folder; of a denoiser whose folder is not there, the released one that fits the weights."""
     folder = find_folder(base)
     if folder is not None and (folder / place.component / "config.json").is_file():
-        return _config(folder / place.component, place.kind)
+        return _config(folder / place.component)
     if folder is None:
         return cast("dict[str, Any]", place.kind.load_config(base, subfolder=place.component))
     return _released(place, reader)
@@ -201,7 +212,7 @@ def _released(place: _Place, reader: Reader) -> Mapping[str, Any]:
     )
 
 
-def _config(folder: Path, kind: Any) -> Mapping[str, Any]:
+def _config(folder: Path) -> Mapping[str, Any]:
     data = read_json(folder / "config.json")
     if not isinstance(data, dict):
         raise HastenError(f"{folder / 'config.json'} holds no configuration.")

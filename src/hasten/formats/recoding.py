@@ -88,7 +88,7 @@ def rotated(entry: Entry) -> Entry:
     matrix = weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
     group = given.rotation if given.rotation > 1 else rotation_group(matrix.shape[1])
     turned = matrix if given.rotation > 1 else rotate(matrix, group)
-    made = Input(given.smooth, group, "int8", None)
+    made = Input(given.smooth, group, "int8", compute=given.compute)
     return Entry(quantize_integer(turned, 8), made, entry.low_rank)
 
 

@@ -10,6 +10,7 @@ from hasten.formats.bfl import BFL, ModelOpt
 from hasten.formats.comfy.format import ComfyQuant
 from hasten.formats.format import Format
 from hasten.formats.fp8_scaled import Fp8Scaled
+from hasten.formats.gguf import GGUFFormat
 from hasten.formats.nunchaku.format import Nunchaku, NunchakuLite
 from hasten.formats.own import Own
 from hasten.formats.packed import AWQ, GPTQ
@@ -21,6 +22,7 @@ from hasten.formats.torchao import TorchAO
 def formats() -> Mapping[str, Format]:
     """All formats by name, the most particular first: a file is read by the first that recognizes it."""
     found: list[Format] = [
+        GGUFFormat(),
         Own(),
         TorchAO(),
         ComfyQuant(),

@@ -173,8 +173,8 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def _same_input(one: Input, other: Input) -> None:
-    alike = (one.rotation, one.activations) == (other.rotation, other.activations)
-    if not (alike and _equal(one.smooth, other.smooth) and _equal(one.scale, other.scale)):
+    bare = [replace(given, smooth=None, scale=None) for given in (one, other)]
+    if not (bare[0] == bare[1] and _equal(one.smooth, other.smooth) and _equal(one.scale, other.scale)):
         raise CannotJoin("Weights that expect differently smoothed, rotated or rounded inputs cannot be joined.")
 
 
