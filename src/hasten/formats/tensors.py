@@ -182,9 +182,15 @@ def base_of(name: str) -> str:
 
 def is_linear(name: str, weight: torch.Tensor) -> bool:
     """Is it a weight worth coding: a matrix in a numbered block, in floating point, with sides that 16 divides?"""
-    numbered = any(part.isdigit() for part in name.split("."))
+    parts = name.removesuffix(".weight").split(".")
+    numbered = any(part.isdigit() and _named(parts[index + 1 :]) for index, part in enumerate(parts))
     matrix = weight.ndim == 2 and weight.is_floating_point() and weight.element_size() > 1
     return numbered and matrix and name.endswith(".weight") and not any(size % 16 for size in weight.shape)
+
+
+def _named(parts: Sequence[str]) -> bool:
+    """Is it a layer of a block, and not itself but numbered, as in `time_embed.2`?"""
+    return any(not part.isdigit() for part in parts)
 
 
 def chosen(kind: str, layout: Format) -> str:
