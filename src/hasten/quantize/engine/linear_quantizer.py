@@ -46,6 +46,10 @@ class LinearQuantizer(Technique):
     def quantize(self, site: Site) -> Quantized:
         """The quantized layer for one place; on the meta device for a weight that is there."""
 
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], Quantized]:
+        """What quantizes the layers of a target one by one; calibrated techniques know more than a single layer."""
+        return self.quantize
+
     def claims(self) -> tuple[str, ...]:
         """The weights of the linears of its components."""
         return tuple(f"linear.weight:{pattern}" for pattern in self.components)
@@ -70,8 +74,9 @@ class LinearQuantizer(Technique):
     def apply(self, target: Target, patch: Patch) -> None:
         """Quantize layer by layer, and put the results in their places."""
         state = patch.keep(Replaced(Originals(self.originals)))
+        quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = self.quantize(site)
+            module = quantize(site)
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
