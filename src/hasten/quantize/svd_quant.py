@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ from hasten.quantize.engine.calibrated import CalibratedQuantizer, matrix_of
 from hasten.quantize.engine.gptq import Grid, gptq
 from hasten.quantize.engine.grids import SCALES, clipped_grid, grid_of, in_codes
 from hasten.quantize.engine.low_rank import correction, product_of, whitening
-from hasten.quantize.engine.refinement import Problem, Split, refined
+from hasten.quantize.engine.refinement import Problem, Split, refined, turned
 from hasten.quantize.engine.sites import Site
 from hasten.quantize.engine.smoothing import (
     activation_noise,
@@ -32,6 +33,8 @@ from hasten.quantize.engine.statistics import InputStatistics, quadratic
 __all__ = ["SVDQuant"]
 
 _ROUNDED: dict[int, Activations] = {4: "int4", 8: "int8", 16: "none"}
+GPTQ_TURNS = 2
+"""Turns in which the rest is rounded by GPTQ, at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,31 +90,38 @@ class SVDQuant(CalibratedQuantizer):
     def _layer(
         self, site: Site, known: InputStatistics, factor: torch.Tensor, smooth: torch.Tensor | None
     ) -> Quantized:
-        split = refined(self._problem(site, known, factor, smooth), self.refine)
+        problem = self._problem(site, known, factor, smooth)
+        split = refined(problem, self.refine)
+        if self.gptq:
+            # From where nearest rounding has led: a turn of GPTQ takes as long as all those together.
+            solver = replace(problem, round=partial(self._round, second=problem.divided, solved=True))
+            split = turned(solver, split.branch, GPTQ_TURNS)
         return self._built(site, split, smooth)
 
     def _problem(
         self, site: Site, known: InputStatistics, factor: torch.Tensor, smooth: torch.Tensor | None
     ) -> Problem:
         matrix = matrix_of(site)
-        divided = known if smooth is None else known.divided(smooth)
+        factors = torch.ones_like(known.absmax) if smooth is None else smooth
+        divided = known.divided(factors)
         return Problem(
             matrix=matrix,
             second=known.second,
+            divided=divided.second,
             factor=factor,
-            smooth=torch.ones_like(known.absmax) if smooth is None else smooth,
+            smooth=factors,
             noise=activation_noise(divided, _ROUNDED[self.activations]),
             rank=self._rank(matrix),
             kind=stored(site.weight.dtype),
-            round=lambda rest: self._round(rest, divided),
+            round=partial(self._round, second=divided.second),
         )
 
-    def _round(self, rest: torch.Tensor, known: InputStatistics) -> tuple[Grid, torch.Tensor]:
+    def _round(self, rest: torch.Tensor, *, second: torch.Tensor, solved: bool = False) -> tuple[Grid, torch.Tensor]:
         if self.clip:
-            grid = clipped_grid(rest, known.second, self.bits, self.group, symmetric=True)
+            grid = clipped_grid(rest, second, self.bits, self.group, symmetric=True)
         else:
             grid = grid_of(rest, self.bits, self.group, symmetric=True)
-        return grid, gptq(rest, known.second, grid) if self.gptq else grid.nearest(rest)
+        return grid, gptq(rest, second, grid) if solved else grid.nearest(rest)
 
     def _built(self, site: Site, split: Split, smooth: torch.Tensor | None) -> Quantized:
         weight = in_codes(site.weight.shape, split.rounded, split.grid)

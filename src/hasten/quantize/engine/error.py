@@ -12,7 +12,7 @@ from hasten.quantize.engine.statistics import quadratic
 def output_error(
     weight: torch.Tensor, quantized: Quantized | QuantizedWeight | torch.Tensor, second: torch.Tensor
 ) -> float:
-    """The squared error of the output, summed over outputs, mean over tokens, of a layer whose weight is kept otherwise.
+    """The squared error of a layer's output when its weight is kept otherwise: summed over outputs, mean over tokens.
 
     It is exact for rounded weights; what rounded activations add comes on top. Where only blocks of the second
     moments were kept, what connects different blocks is left out.

@@ -32,6 +32,8 @@ class Problem:
     """[outputs, inputs] float32."""
     second: torch.Tensor
     """Second moments of the raw inputs."""
+    divided: torch.Tensor
+    """Those of the smoothed inputs."""
     factor: torch.Tensor
     """Their Cholesky factors, see `low_rank.whitening`."""
     smooth: torch.Tensor
@@ -79,15 +81,16 @@ class Split:
 
 def refined(problem: Problem, rounds: int) -> Split:
     """The best of all splits that up to `rounds` turns from each first guess give."""
-    return min((_turns(problem, start, rounds) for start in problem.starts()), key=lambda split: split.error)
+    return min((turned(problem, start, rounds) for start in problem.starts()), key=lambda split: split.error)
 
 
-def _turns(problem: Problem, branch: LowRank, rounds: int) -> Split:
+def turned(problem: Problem, branch: LowRank, rounds: int) -> Split:
+    """The best split of up to `rounds` turns: fit the branch to what rounding did, and round what it leaves."""
     best = problem.split(branch)
     for _ in range(rounds):
-        turned = problem.improved(best)
-        again = problem.split(turned.branch)
-        found = min(turned, again, key=lambda split: split.error)
+        fitted = problem.improved(best)
+        again = problem.split(fitted.branch)
+        found = min(fitted, again, key=lambda split: split.error)
         if found.error > best.error * (1 - GAIN):
             return min(found, best, key=lambda split: split.error)
         best = found
