@@ -1,9 +1,21 @@
 """Quantization of weights and activations."""
 
 from hasten.quantize.awq import AWQ
+from hasten.quantize.float8_linear import Float8Linear
 from hasten.quantize.gptq import GPTQ
+from hasten.quantize.hadamard_rotation import HadamardRotation
+from hasten.quantize.int4_linear import Int4Linear
 from hasten.quantize.int8_linear import Int8Linear
 from hasten.quantize.svd_quant import SVDQuant
 from hasten.quantize.weight_only import WeightOnly
 
-__all__ = ["AWQ", "GPTQ", "Int8Linear", "SVDQuant", "WeightOnly"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "Float8Linear",
+    "HadamardRotation",
+    "Int4Linear",
+    "Int8Linear",
+    "SVDQuant",
+    "WeightOnly",
+]

@@ -12,8 +12,9 @@ from hasten.core.technique import about
 from hasten.kernels.modules import Input, Quantized
 from hasten.kernels.rounding import quantize_integer
 from hasten.quantize.engine.build import quantized_layer
-from hasten.quantize.engine.calibrated import CalibratedQuantizer, matrix_of
+from hasten.quantize.engine.calibrated import CalibratedQuantizer
 from hasten.quantize.engine.grids import SCALES, clipped_grid, grid_of, in_codes
+from hasten.quantize.engine.preparation import Preparation, raw_matrix
 from hasten.quantize.engine.sites import Site
 from hasten.quantize.engine.smoothing import best_factors, factors
 from hasten.quantize.engine.statistics import InputStatistics, quadratic
@@ -43,33 +44,32 @@ class AWQ(CalibratedQuantizer):
 
     def solve(self, together: Sequence[Site], known: InputStatistics) -> list[Quantized]:
         """Find the factors for all, then round each."""
-        matrices = [matrix_of(site) for site in together]
+        matrices, before = [raw_matrix(site) for site in together], Preparation.of(together[0])
 
         def score(tried: torch.Tensor) -> float:
-            return sum(self._error(matrix, tried, known) for matrix in matrices)
+            given = before.smoothed(tried)
+            second = given.statistics(known).second
+            return sum(self._error(given.weight(matrix), second) for matrix in matrices)
 
         smooth = best_factors(self._candidates(known, together[0].weight.dtype), score)
-        if smooth is None:
-            smooth = torch.ones_like(known.absmax)
-        return [self._rounded(site, smooth, known) for site in together]
+        given = before.smoothed(torch.ones_like(known.absmax) if smooth is None else smooth)
+        return [self._rounded(site, given, given.statistics(known).second) for site in together]
 
     def _candidates(self, known: InputStatistics, kind: torch.dtype) -> Iterator[torch.Tensor]:
         for step in range(self.grid + 1):
             yield factors(known.mean_abs, known.mean_abs, step / self.grid, 0.0, kind)
 
-    def _error(self, matrix: torch.Tensor, smooth: torch.Tensor, known: InputStatistics) -> float:
-        scaled = matrix * smooth
+    def _error(self, scaled: torch.Tensor, second: torch.Tensor) -> float:
         found = grid_of(scaled, self.bits, self.group, self.symmetric).nearest(scaled)
-        return float(quadratic((scaled - found) / smooth, known.second).sum())
+        return float(quadratic(scaled - found, second).sum())
 
-    def _rounded(self, site: Site, smooth: torch.Tensor, known: InputStatistics) -> Quantized:
-        scaled = matrix_of(site) * smooth
+    def _rounded(self, site: Site, given: Preparation, second: torch.Tensor) -> Quantized:
+        scaled = given.weight(raw_matrix(site))
         if self.clip:
-            grid = clipped_grid(scaled, known.divided(smooth).second, self.bits, self.group, self.symmetric)
+            grid = clipped_grid(scaled, second, self.bits, self.group, self.symmetric)
         else:
             grid = grid_of(scaled, self.bits, self.group, self.symmetric)
-        weight = in_codes(site.weight.shape, scaled, grid)
-        return quantized_layer(site, weight, Input(smooth=smooth.to(site.weight.dtype)))
+        return quantized_layer(site, in_codes(site.weight.shape, scaled, grid), given.given(site.weight.dtype))
 
     def outline(self, site: Site) -> Quantized:
         """Codes, scales, zero points and factors."""

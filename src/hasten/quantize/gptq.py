@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from hasten.core.technique import about
 from hasten.kernels.modules import Quantized
-from hasten.kernels.rounding import quantize_integer
+from hasten.kernels.rounding import as_matrix, quantize_integer
 from hasten.quantize.engine.build import quantized_layer
-from hasten.quantize.engine.calibrated import CalibratedQuantizer, matrix_of
+from hasten.quantize.engine.calibrated import CalibratedQuantizer
 from hasten.quantize.engine.gptq import gptq
 from hasten.quantize.engine.grids import SCALES, grid_of, in_codes
+from hasten.quantize.engine.preparation import Preparation
 from hasten.quantize.engine.sites import Site
 from hasten.quantize.engine.statistics import InputStatistics
 
@@ -47,9 +48,10 @@ class GPTQ(CalibratedQuantizer):
         return [self._solved(site, known) for site in together]
 
     def _solved(self, site: Site, known: InputStatistics) -> Quantized:
-        matrix = matrix_of(site)
+        matrix = as_matrix(site.weight)
+        second = Preparation.of(site).statistics(known).second
         grid = grid_of(matrix, self.bits, self.group, self.symmetric)
-        found = gptq(matrix, known.second, grid, act_order=self.act_order, damping=self.damping)
+        found = gptq(matrix, second, grid, act_order=self.act_order, damping=self.damping)
         return quantized_layer(site, in_codes(site.weight.shape, found, grid))
 
     def outline(self, site: Site) -> Quantized:

@@ -14,10 +14,11 @@ from hasten.kernels.activations import Activations
 from hasten.kernels.modules import Input, LowRank, Quantized
 from hasten.kernels.rounding import quantize_integer
 from hasten.quantize.engine.build import quantized_layer
-from hasten.quantize.engine.calibrated import CalibratedQuantizer, matrix_of
+from hasten.quantize.engine.calibrated import CalibratedQuantizer
 from hasten.quantize.engine.gptq import Grid, gptq
 from hasten.quantize.engine.grids import SCALES, clipped_grid, grid_of, in_codes
 from hasten.quantize.engine.low_rank import correction, product_of, whitening
+from hasten.quantize.engine.preparation import Preparation, raw_matrix
 from hasten.quantize.engine.refinement import Problem, Split, refined, turned
 from hasten.quantize.engine.sites import Site
 from hasten.quantize.engine.smoothing import (
@@ -65,56 +66,52 @@ class SVDQuant(CalibratedQuantizer):
 
     def solve(self, together: Sequence[Site], known: InputStatistics) -> list[Quantized]:
         """Find smoothing factors for all, then split each."""
-        factor = whitening(known.second)
-        smooth = self._smooth(together, known, factor) if self.smooth else None
-        return [self._layer(site, known, factor, smooth) for site in together]
+        factor, given = whitening(known.second), Preparation.of(together[0])
+        if self.smooth:
+            given = self._smoothed(together, known, factor, given)
+        return [self._layer(site, known, factor, given) for site in together]
 
-    def _smooth(self, together: Sequence[Site], known: InputStatistics, factor: torch.Tensor) -> torch.Tensor | None:
+    def _smoothed(
+        self, together: Sequence[Site], known: InputStatistics, factor: torch.Tensor, before: Preparation
+    ) -> Preparation:
         """The factors that leave the least error, with a branch that does not depend on them."""
-        matrices = [matrix_of(site) for site in together]
+        matrices = [raw_matrix(site) for site in together]
         kind = together[0].weight.dtype
         rest = [m - product_of(correction(m, factor, self._rank(m), stored(kind))) for m in matrices]
         span = weight_span(matrices)
 
         def score(tried: torch.Tensor) -> float:
-            noise = activation_noise(known.divided(tried), _ROUNDED[self.activations])
-            return sum(self._error(matrix, tried, known, noise) for matrix in rest)
+            given = before.smoothed(tried)
+            prepared = given.statistics(known)
+            return sum(self._error(given.weight(matrix), prepared) for matrix in rest)
 
-        return best_factors((factors(known.absmax, span, a, b, kind) for a, b in exponents(self.grid)), score)
+        tried = (factors(known.absmax, span, a, b, kind) for a, b in exponents(self.grid))
+        found = best_factors(tried, score)
+        return before.smoothed(torch.ones_like(span) if found is None else found)
 
-    def _error(self, rest: torch.Tensor, smooth: torch.Tensor, known: InputStatistics, noise: torch.Tensor) -> float:
-        scaled = rest * smooth
-        found = grid_of(scaled, self.bits, self.group, symmetric=True).nearest(scaled)
-        return float(quadratic((scaled - found) / smooth, known.second).sum()) + rounding_noise(found, noise)
+    def _error(self, rest: torch.Tensor, prepared: InputStatistics) -> float:
+        noise = activation_noise(prepared, _ROUNDED[self.activations])
+        found = grid_of(rest, self.bits, self.group, symmetric=True).nearest(rest)
+        return float(quadratic(rest - found, prepared.second).sum()) + rounding_noise(found, noise)
 
-    def _layer(
-        self, site: Site, known: InputStatistics, factor: torch.Tensor, smooth: torch.Tensor | None
-    ) -> Quantized:
-        problem = self._problem(site, known, factor, smooth)
+    def _layer(self, site: Site, known: InputStatistics, factor: torch.Tensor, given: Preparation) -> Quantized:
+        prepared, matrix = given.statistics(known), raw_matrix(site)
+        problem = Problem(
+            matrix=matrix,
+            second=known.second,
+            factor=factor,
+            given=given,
+            noise=activation_noise(prepared, _ROUNDED[self.activations]),
+            rank=self._rank(matrix),
+            kind=stored(site.weight.dtype),
+            round=partial(self._round, second=prepared.second),
+        )
         split = refined(problem, self.refine)
         if self.gptq:
             # From where nearest rounding has led: a turn of GPTQ takes as long as all those together.
-            solver = replace(problem, round=partial(self._round, second=problem.divided, solved=True))
+            solver = replace(problem, round=partial(self._round, second=prepared.second, solved=True))
             split = turned(solver, split.branch, GPTQ_TURNS)
-        return self._built(site, split, smooth)
-
-    def _problem(
-        self, site: Site, known: InputStatistics, factor: torch.Tensor, smooth: torch.Tensor | None
-    ) -> Problem:
-        matrix = matrix_of(site)
-        factors = torch.ones_like(known.absmax) if smooth is None else smooth
-        divided = known.divided(factors)
-        return Problem(
-            matrix=matrix,
-            second=known.second,
-            divided=divided.second,
-            factor=factor,
-            smooth=factors,
-            noise=activation_noise(divided, _ROUNDED[self.activations]),
-            rank=self._rank(matrix),
-            kind=stored(site.weight.dtype),
-            round=partial(self._round, second=divided.second),
-        )
+        return self._built(site, split, given)
 
     def _round(self, rest: torch.Tensor, *, second: torch.Tensor, solved: bool = False) -> tuple[Grid, torch.Tensor]:
         if self.clip:
@@ -123,11 +120,10 @@ class SVDQuant(CalibratedQuantizer):
             grid = grid_of(rest, self.bits, self.group, symmetric=True)
         return grid, gptq(rest, second, grid) if solved else grid.nearest(rest)
 
-    def _built(self, site: Site, split: Split, smooth: torch.Tensor | None) -> Quantized:
+    def _built(self, site: Site, split: Split, given: Preparation) -> Quantized:
         weight = in_codes(site.weight.shape, split.rounded, split.grid)
-        held = None if smooth is None else smooth.to(site.weight.dtype)
-        given = Input(smooth=held, activations=_ROUNDED[self.activations])
-        return quantized_layer(site, weight, given, split.branch)
+        prepared = given.given(site.weight.dtype, _ROUNDED[self.activations])
+        return quantized_layer(site, weight, prepared, split.branch)
 
     def _rank(self, matrix: torch.Tensor) -> int:
         return min(self.rank, *matrix.shape)

@@ -113,10 +113,5 @@ class Solving:
         return self._solved.pop(key_of(site))
 
 
-def matrix_of(site: Site) -> torch.Tensor:
-    """The weight as [outputs, inputs] float32."""
-    return site.weight.reshape(site.weight.shape[0], -1).float()
-
-
 def _command() -> str:
     return "run `hasten calibrate MODEL --for statistics` first"

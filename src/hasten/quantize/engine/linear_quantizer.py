@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from hasten.core.errors import NotEngaged, nearest
+from hasten.core.errors import HastenError, NotEngaged, nearest
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Target
@@ -18,7 +18,7 @@ from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
 from hasten.quantize.engine.originals import Originals, set_aside
-from hasten.quantize.engine.sites import FLOATING, Site, chosen_components, sites
+from hasten.quantize.engine.sites import Site, chosen_components, obstacles, sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,14 @@ class LinearQuantizer(Technique):
             yield f"no component is called {' or '.join(self.components)}. {nearest('', list(target.modules))}"
         found = self.takes(target)
         for name in names:
-            yield from _obstacles(name, [site for site in found if site.component == name])
+            yield from obstacles(name, [site for site in found if site.component == name])
 
     def apply(self, target: Target, patch: Patch) -> None:
         """Quantize layer by layer, and put the results in their places."""
         state = patch.keep(Replaced(Originals(self.originals)))
         quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = quantize(site)
+            module = _named(quantize, site)
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
@@ -141,21 +141,17 @@ class Replaced:
         )
 
 
+def _named(quantize: Callable[[Site], Quantized], site: Site) -> Quantized:
+    try:
+        return quantize(site)
+    except HastenError as error:
+        raise HastenError(f"{site.component}.{site.path}: {error}") from error
+
+
 def in_place(site: Site, module: nn.Module) -> bool:
     """Is a module where the layer was, if need be inside an adapter (PEFT)?"""
     present = site.parent._modules[site.name]
     return module is present or (present is not None and present._modules.get("base_layer") is module)
-
-
-def _obstacles(component: str, found: list[Site]) -> Iterator[str]:
-    if not found:
-        yield f"the {component} has no linear layers in blocks that could be quantized."
-    kinds = {str(site.weight.dtype) for site in found if site.weight.dtype not in FLOATING}
-    kinds |= {type(site.layer.weight.data).__name__ for site in found} - {"Tensor"}
-    if kinds:
-        yield f"weights of the {component} are of type {' and '.join(sorted(kinds))} and cannot be quantized again."
-    if any(hasattr(site.layer, "_hf_hook") or hasattr(site.layer, "_diffusers_hook") for site in found):
-        yield f"the layers of the {component} carry hooks of accelerate or diffusers; take those off first."
 
 
 def _bytes(network: nn.Module) -> int:

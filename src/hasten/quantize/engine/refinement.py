@@ -14,6 +14,7 @@ import torch
 from hasten.kernels.modules import LowRank
 from hasten.quantize.engine.gptq import Grid
 from hasten.quantize.engine.low_rank import correction, leading, product_of
+from hasten.quantize.engine.preparation import Preparation
 from hasten.quantize.engine.smoothing import rounding_noise
 from hasten.quantize.engine.statistics import quadratic
 
@@ -21,7 +22,7 @@ GAIN = 1e-3
 """Relative gain of a round below which the turns end."""
 
 Rounding = Callable[[torch.Tensor], tuple[Grid, torch.Tensor]]
-"""From a weight for smoothed inputs, [outputs, inputs], to a grid and the numbers on it."""
+"""From a weight for prepared inputs, [outputs, inputs], to a grid and the numbers on it."""
 
 
 @dataclass(frozen=True)
@@ -32,39 +33,37 @@ class Problem:
     """[outputs, inputs] float32."""
     second: torch.Tensor
     """Second moments of the raw inputs."""
-    divided: torch.Tensor
-    """Those of the smoothed inputs."""
     factor: torch.Tensor
     """Their Cholesky factors, see `low_rank.whitening`."""
-    smooth: torch.Tensor
-    """[inputs] what inputs of the rest are divided by."""
+    given: Preparation
+    """What is done to inputs of the rest."""
     noise: torch.Tensor
-    """[inputs] what rounding adds to the smoothed inputs of the rest."""
+    """[inputs] what rounding adds to the prepared inputs of the rest."""
     rank: int
     kind: torch.dtype
     """Type that the matrix of low rank is stored in."""
     round: Rounding
 
     def starts(self) -> Iterator[LowRank]:
-        """First guesses: what is nearest to the output, and, as the paper has it, nearest to the smoothed weight."""
+        """First guesses: what is nearest to the output, and, as the paper has it, nearest to the weight of the rest."""
         yield correction(self.matrix, self.factor, self.rank, self.kind)
-        left, values, right = leading(self.matrix * self.smooth, self.rank)
-        down = (right * values.sqrt()).mT / self.smooth
+        left, values, right = leading(self.given.weight(self.matrix), self.rank)
+        down = self.given.raw((right * values.sqrt()).mT)
         yield LowRank(down=down.to(self.kind).contiguous(), up=(left * values.sqrt()).to(self.kind).contiguous())
 
     def split(self, branch: LowRank) -> Split:
         """Round what a branch leaves."""
-        grid, rounded = self.round((self.matrix - product_of(branch)) * self.smooth)
+        grid, rounded = self.round(self.given.weight(self.matrix - product_of(branch)))
         return self.scored(branch, grid, rounded)
 
     def improved(self, found: Split) -> Split:
         """The branch anew, for the same rounded rest."""
-        branch = correction(self.matrix - found.rounded / self.smooth, self.factor, self.rank, self.kind)
+        branch = correction(self.matrix - self.given.raw(found.rounded), self.factor, self.rank, self.kind)
         return self.scored(branch, found.grid, found.rounded)
 
     def scored(self, branch: LowRank, grid: Grid, rounded: torch.Tensor) -> Split:
         """Both parts with the error of the output that they make together."""
-        change = self.matrix - product_of(branch) - rounded / self.smooth
+        change = self.matrix - product_of(branch) - self.given.raw(rounded)
         error = float(quadratic(change, self.second).sum()) + rounding_noise(rounded, self.noise)
         return Split(branch, grid, rounded, error)
 

@@ -63,7 +63,7 @@ def activation_noise(known: InputStatistics, kind: Activations) -> torch.Tensor:
     """
     if kind == "none":
         return torch.zeros_like(known.absmax)
-    if kind == "float8":
+    if kind.startswith("float8"):
         return known.power * (2.0**-4) ** 2 / 3
     group = known.inputs if kind == "int8" else fitting_group(known.inputs, INT4_GROUP)
     levels = 127 if kind == "int8" else 7

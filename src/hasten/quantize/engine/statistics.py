@@ -62,20 +62,26 @@ class InputStatistics:
         return replace(self, absmax=self.absmax / smooth, mean_abs=self.mean_abs / smooth, second=second)
 
     def rotated(self, group: int) -> InputStatistics:
-        """Those of x rotated in groups: the second moments exactly; of the others what a normal distribution has.
-
-        The groups must lie within the blocks that are kept, as powers of two up to 256 do.
-        """
-        second = rotate(rotate(self.second, group).mT, group).mT
+        """The second moments of x rotated in groups, exactly; the rest as a normal distribution would have it."""
+        second = joined(self.second, group)
+        second = rotate(rotate(second, group).mT, group).mT
         root = second.diagonal(dim1=1, dim2=2).reshape(-1).clamp(min=0).sqrt()
-        return replace(self, absmax=root * expected_maximum(self.count), mean_abs=root * (2 / math.pi) ** 0.5,
-                       second=second)  # fmt: skip
+        largest, mean = root * expected_maximum(self.count), root * (2 / math.pi) ** 0.5
+        return InputStatistics(self.count, largest, mean, second)
 
     def check(self, layer: str) -> InputStatistics:
         """Itself; raises HastenError where inputs were not finite."""
         if not (self.absmax.isfinite().all() and self.second.isfinite().all()):
             raise HastenError(f"{layer} was given infinite or undefined numbers; nothing can be calibrated with those.")
         return self
+
+
+def joined(second: torch.Tensor, size: int) -> torch.Tensor:
+    """Second moments in blocks of at least a size: blocks are put together, with nothing known between them."""
+    count = max(1, size // second.shape[1])
+    if count == 1:
+        return second
+    return torch.stack([torch.block_diag(*blocks) for blocks in second.split(count)])
 
 
 def expected_maximum(count: int) -> float:

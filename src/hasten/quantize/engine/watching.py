@@ -61,17 +61,23 @@ class Statistics:
 
     def groups(self, found: Sequence[Site]) -> list[list[Site]]:
         """The sites, those together that share an input within a block."""
-        groups: dict[tuple[str, str], list[Site]] = {}
+        groups: dict[tuple[str, ...], list[Site]] = {}
         for site in found:
             name = self.find(site)
             shared = self.layers[name].input if name else key_of(site)
-            groups.setdefault((shared, block_of(site.path)), []).append(site)
+            groups.setdefault((shared, block_of(site.path), _preparation(site)), []).append(site)
         return list(groups.values())
 
 
 def key_of(site: Site) -> str:
     """`component/path` of a layer, the same with and without adapters around it."""
     return f"{site.component}/{site.path.removesuffix('.base_layer')}"
+
+
+def _preparation(site: Site) -> str:
+    """What is done to an input already; layers that differ in it cannot be solved together."""
+    wrapper = site.wrapper
+    return "" if wrapper is None else f"{wrapper.rotation} {wrapper.smooth is None}"
 
 
 def block_of(path: str) -> str:
@@ -91,7 +97,7 @@ class Watcher:
         self._leaders: dict[str, str] = {}
         self._sums: dict[str, Running] = {}
         self._latest: dict[str, weakref.ref[torch.Tensor]] = {}
-        self._hooks = [site.layer.register_forward_pre_hook(self._hook(site)) for site in self._sites]
+        self._hooks = [site.present.register_forward_pre_hook(self._hook(site)) for site in self._sites]
 
     def resume(self, known: Statistics) -> None:
         """Go on from what was found out before."""
