@@ -6,6 +6,7 @@ from hasten.quantize.gptq import GPTQ
 from hasten.quantize.hadamard_rotation import HadamardRotation
 from hasten.quantize.int4_linear import Int4Linear
 from hasten.quantize.int8_linear import Int8Linear
+from hasten.quantize.smooth_quant import SmoothQuant
 from hasten.quantize.svd_quant import SVDQuant
 from hasten.quantize.weight_only import WeightOnly
 
@@ -17,5 +18,6 @@ __all__ = [
     "Int4Linear",
     "Int8Linear",
     "SVDQuant",
+    "SmoothQuant",
     "WeightOnly",
 ]

@@ -124,4 +124,4 @@ def _present(site: Site) -> nn.Module | None:
 
 def _rotates(site: Site, module: PreparedLinear) -> bool:
     present = _present(site)
-    return present is module or (isinstance(present, Quantized) and present.rotation == module.rotation)
+    return isinstance(present, PreparedLinear | Quantized) and present.rotation == module.rotation

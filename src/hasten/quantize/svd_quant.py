@@ -57,6 +57,7 @@ class SVDQuant(CalibratedQuantizer):
     group: int = field(
         default=64, metadata=about("inputs that share a scale (the greatest common divisor with the layer's)", ge=8)
     )
+    symmetric: bool = field(default=True, metadata=about("codes of the rest around zero, without zero points"))
     activations: Literal[4, 8, 16] = field(default=8, metadata=about("bits that inputs of the rest are rounded to"))
     refine: int = field(default=20, metadata=about("turns of rounding and fitting at most", ge=0, le=1000, trial=2))
     smooth: bool = field(default=True, metadata=about("divide inputs of the rest by smoothing factors"))
@@ -91,7 +92,7 @@ class SVDQuant(CalibratedQuantizer):
 
     def _error(self, rest: torch.Tensor, prepared: InputStatistics) -> float:
         noise = activation_noise(prepared, _ROUNDED[self.activations])
-        found = grid_of(rest, self.bits, self.group, symmetric=True).nearest(rest)
+        found = grid_of(rest, self.bits, self.group, self.symmetric).nearest(rest)
         return float(quadratic(rest - found, prepared.second).sum()) + rounding_noise(found, noise)
 
     def _layer(self, site: Site, known: InputStatistics, factor: torch.Tensor, given: Preparation) -> Quantized:
@@ -115,9 +116,9 @@ class SVDQuant(CalibratedQuantizer):
 
     def _round(self, rest: torch.Tensor, *, second: torch.Tensor, solved: bool = False) -> tuple[Grid, torch.Tensor]:
         if self.clip:
-            grid = clipped_grid(rest, second, self.bits, self.group, symmetric=True)
+            grid = clipped_grid(rest, second, self.bits, self.group, self.symmetric)
         else:
-            grid = grid_of(rest, self.bits, self.group, symmetric=True)
+            grid = grid_of(rest, self.bits, self.group, self.symmetric)
         return grid, gptq(rest, second, grid) if solved else grid.nearest(rest)
 
     def _built(self, site: Site, split: Split, given: Preparation) -> Quantized:
@@ -130,7 +131,7 @@ class SVDQuant(CalibratedQuantizer):
 
     def outline(self, site: Site) -> Quantized:
         """Codes, scales, factors and branch."""
-        weight = quantize_integer(site.weight, self.bits, self.group, symmetric=True, scales=SCALES)
+        weight = quantize_integer(site.weight, self.bits, self.group, symmetric=self.symmetric, scales=SCALES)
         outputs, inputs = site.weight.shape[:2]
         held = site.weight.new_empty(inputs) if self.smooth else None
         kind, rank = stored(site.weight.dtype), min(self.rank, outputs, inputs)

@@ -23,6 +23,7 @@ from hasten.quantize.engine.synthetic import synthetic_statistics
 from hasten.quantize.engine.watching import Statistics, key_of
 
 AUTO, SYNTHETIC = "auto", "synthetic"
+COMMAND = "run `hasten calibrate MODEL --for statistics` first"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +54,27 @@ class CalibratedQuantizer(LinearQuantizer):
     def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], Quantized]:
         """Solves a group of layers when the first of them is asked for."""
         found = self.takes(target)
-        known = self.known(target, found)
+        known = Calibrated(self.statistics).known(target, found)
         return Solving(self, known, known.groups(found)).quantize
 
     def problems(self, target: Target) -> Iterable[str]:
         """Needs statistics of this model's layers."""
         yield from super().problems(target)
-        if target.device.type != "meta":
-            yield from self._missing(target)
+        yield from Calibrated(self.statistics).problems(target, self.components)
 
-    def _missing(self, target: Target) -> Iterator[str]:
-        if self.statistics == SYNTHETIC:
-            denoisers = {denoiser.name for denoiser in target.denoisers}
-            others = [name for name in chosen_components(target, self.components) if name not in denoisers]
-            if others or any(denoiser.spec.name == "unknown" for denoiser in target.denoisers):
-                yield f"synthetic statistics exist only for denoisers with a specification; {_command()}."
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Where a technique's statistics come from: a file, the user's cache ("auto"), or random inputs ("synthetic")."""
+
+    source: str
+
+    def problems(self, target: Target, components: Iterable[str]) -> Iterator[str]:
+        """Why there are none for this target."""
+        if target.device.type == "meta":
+            return
+        if self.source == SYNTHETIC:
+            yield from _not_synthetic(target, components)
             return
         weights = weights_hash(target.denoisers[0].module)
         try:
@@ -75,24 +82,31 @@ class CalibratedQuantizer(LinearQuantizer):
         except HastenError as error:
             yield str(error)
             return
-        if self.statistics != AUTO and opened.weights != weights:
-            yield f"{opened.file.name} holds statistics of other weights; {_command()}."
+        if self.source != AUTO and opened.weights != weights:
+            yield f"{opened.file.name} holds statistics of other weights; {COMMAND}."
 
     def opened(self, weights: str) -> StatisticsFile:
         """The file of statistics for weights of this hash; raises HastenError where there is none."""
-        file = usual_file(weights) if self.statistics == AUTO else Path(self.statistics).expanduser()
+        file = usual_file(weights) if self.source == AUTO else Path(self.source).expanduser()
         if not file.is_file():
-            where = "this model has not been calibrated" if self.statistics == AUTO else f"there is no file {file}"
-            raise HastenError(f"{where}; {_command()}.")
+            where = "this model has not been calibrated" if self.source == AUTO else f"there is no file {file}"
+            raise HastenError(f"{where}; {COMMAND}.")
         return StatisticsFile(file)
 
     def known(self, target: Target, found: Sequence[Site]) -> Statistics:
         """The statistics of these layers."""
-        if self.statistics == SYNTHETIC:
+        if self.source == SYNTHETIC:
             return synthetic_statistics(target, found)
         module = target.denoisers[0].module
         # Other techniques of this session may have changed weights since `problems` looked.
         return self.opened(known_hash(module) or weights_hash(module)).statistics
+
+
+def _not_synthetic(target: Target, components: Iterable[str]) -> Iterator[str]:
+    denoisers = {denoiser.name for denoiser in target.denoisers}
+    others = [name for name in chosen_components(target, components) if name not in denoisers]
+    if others or any(denoiser.spec.name == "unknown" for denoiser in target.denoisers):
+        yield f"synthetic statistics exist only for denoisers with a specification; {COMMAND}."
 
 
 class Solving:
@@ -111,7 +125,3 @@ class Solving:
             solved = self._technique.solve(group, self._known.of(group[0]))
             self._solved |= {key_of(one): module for one, module in zip(group, solved, strict=True)}
         return self._solved.pop(key_of(site))
-
-
-def _command() -> str:
-    return "run `hasten calibrate MODEL --for statistics` first"
