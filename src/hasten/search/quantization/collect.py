@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from hasten.core.errors import HastenError
 from hasten.core.patch import Patch
+from hasten.core.recipe import Recipe
 from hasten.core.session import Session, accelerate
 from hasten.core.target import Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique, about
@@ -18,6 +19,7 @@ from hasten.core.workload import Workload
 from hasten.measure.progress import Progress, Silent
 from hasten.measure.rendering import render
 from hasten.models import LoadedModel
+from hasten.quantize.engine.calibrated import AUTO
 from hasten.quantize.engine.sites import Site, sites
 from hasten.quantize.engine.statistics_file import StatisticsFile, save_statistics, usual_file
 from hasten.quantize.engine.watching import Statistics, Watcher
@@ -142,3 +144,10 @@ def _begun(file: Path, about: dict[str, Any]) -> tuple[int, Statistics | None]:
     if any(opened.about.get(name) != value for name, value in about.items()):
         return 0, None
     return int(opened.about.get("pictures", 0)), opened.statistics
+
+
+def lacks_statistics(recipes: Iterable[Recipe], pipeline: Any) -> bool:
+    """Does a technique look for statistics of this model that nobody has gathered yet?"""
+    if not any(getattr(item, "statistics", None) == AUTO for recipe in recipes for item in recipe):
+        return False
+    return not usual_file(weights_hash(Target.of(pipeline).denoisers[0].module)).is_file()
