@@ -31,6 +31,10 @@ class Input:
     """What the result is rounded to."""
     scale: torch.Tensor | None = None
     """[] the fixed scale of 8-bit activations; None computes one for each token."""
+    threshold: float = 0.0
+    """Channels in which a magnitude reaches it stay out of the rounding, and have a product of their own (LLM.int8)."""
+    compute: torch.dtype | None = None
+    """Type that the input is cast to for the product; None computes in the type it comes in."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Quantized(nn.Module):
         self.shape: tuple[int, ...] = tuple(weight.shape)
         self.number, self.columns = weight.number.name, weight.columns
         self.rotation, self.activations = given.rotation, given.activations
+        self.threshold, self.compute = given.threshold, given.compute
         tensors = weight.tensors()
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
@@ -101,10 +106,16 @@ class Quantized(nn.Module):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for an input whose last dimension holds the channels."""
-        inner = prepare(x, self.smooth, self.rotation)
+        if self.compute not in (None, x.dtype):
+            return self.product(x.to(self.compute)).to(x.dtype)
+        inner, large = prepare(x, self.smooth, self.rotation), None
+        if self.threshold:
+            inner, large = part_channels(inner, self.threshold)
         tensors = [self._buffers[name] for name in TENSORS]
-        facts = (self.shape, self.number, self.columns, self.activations)
-        found = operate(inner, tensors, self.bias, self.input_scale, *facts)
+        facts = (self.shape, self.number, self.columns)
+        found = operate(inner, tensors, self.bias, self.input_scale, *facts, self.activations)
+        if large is not None:
+            found = found + operate(large, tensors, None, None, *facts, "none")
         if self.down is not None and self.up is not None:
             found = found + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return found
@@ -130,6 +141,8 @@ class Quantized(nn.Module):
             "columns": self.columns,
             "rotation": self.rotation,
             "activations": self.activations,
+            "threshold": self.threshold,
+            "compute": self.compute and str(self.compute).removeprefix("torch."),
         }
 
     def extra_repr(self) -> str:
@@ -182,6 +195,15 @@ class QuantizedConv2d(Quantized, nn.Conv2d):  # pyright: ignore[reportIncompatib
         return F.conv2d(input, self.effective().to(input.dtype), self.bias, self.stride, self.padding)
 
 
+def part_channels(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part [..., channels] in two of the same shape: channels that stay below a magnitude, and those that do not.
+
+    Which channel goes where is decided on the device, for all tokens together; nothing waits for it.
+    """
+    large = (x.abs() >= threshold).reshape(-1, x.shape[-1]).any(0)
+    return torch.where(large, 0, x), torch.where(large, x, 0)
+
+
 def build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> QuantizedLinear:
     """A quantized linear layer from what `describe` and `state_dict` give."""
     shape, number = description["shape"], description["number"]
@@ -191,6 +213,8 @@ def build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Quan
         rotation=description["rotation"],
         activations=description["activations"],
         scale=tensors.get("input_scale"),
+        threshold=description.get("threshold", 0.0),
+        compute=getattr(torch, description["compute"]) if description.get("compute") else None,
     )
     low_rank = LowRank(tensors["down"], tensors["up"]) if "down" in tensors else None
     return QuantizedLinear(weight, tensors.get("bias"), given=given, low_rank=low_rank)

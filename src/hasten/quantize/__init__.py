@@ -1,6 +1,7 @@
 """Quantization of weights and activations."""
 
 from hasten.quantize.awq import AWQ
+from hasten.quantize.bits_and_bytes import BitsAndBytes
 from hasten.quantize.float8_linear import Float8Linear
 from hasten.quantize.gptq import GPTQ
 from hasten.quantize.hadamard_rotation import HadamardRotation
@@ -13,6 +14,7 @@ from hasten.quantize.weight_only import WeightOnly
 __all__ = [
     "AWQ",
     "GPTQ",
+    "BitsAndBytes",
     "Float8Linear",
     "HadamardRotation",
     "Int4Linear",

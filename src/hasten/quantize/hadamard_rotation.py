@@ -111,7 +111,7 @@ class Rotated:
             raise NotEngaged("no network with rotated layers was called.")
         if gone := sum(not _rotates(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} rotated layers are not in their places any more.")
-        quantized = sum(isinstance(_present(site), Quantized) for site, _ in self.places)
+        quantized = sum(_present(site) is not module for site, module in self.places)
         more = f", {quantized} of them quantized" if quantized else ""
         return Evidence(summary=f"{len(self.places)} linears{more} rotated their inputs in {self.calls} calls")
 
@@ -124,4 +124,4 @@ def _present(site: Site) -> nn.Module | None:
 
 def _rotates(site: Site, module: PreparedLinear) -> bool:
     present = _present(site)
-    return isinstance(present, PreparedLinear | Quantized) and present.rotation == module.rotation
+    return isinstance(present, Quantized | PreparedLinear) and present.rotation == module.rotation

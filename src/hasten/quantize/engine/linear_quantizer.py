@@ -43,10 +43,13 @@ class LinearQuantizer(Technique):
     )
 
     @abstractmethod
-    def quantize(self, site: Site) -> Quantized:
-        """The quantized layer for one place; on the meta device for a weight that is there."""
+    def quantize(self, site: Site) -> nn.Module:
+        """The quantized layer for one place; on the meta device for a weight that is there.
 
-    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], Quantized]:
+        Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
+        """
+
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module]:
         """What quantizes the layers of a target one by one; calibrated techniques know more than a single layer."""
         return self.quantize
 
@@ -83,8 +86,10 @@ class LinearQuantizer(Technique):
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
 
-    def describe(self, module: Quantized) -> str:
+    def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
+        if not isinstance(module, Quantized):
+            return f"weight is kept by {type(module).__name__}"
         activations = f", activations {module.activations}" if module.activations != "none" else ""
         return f"weight is kept as {module.number}{activations}"
 
@@ -103,7 +108,7 @@ class LinearQuantizer(Technique):
         """Bytes that the layer will take in place of its weight."""
         layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = nn.Parameter(torch.empty_like(site.weight, device="meta"), requires_grad=False)
-        return sum(buffer.nbytes for buffer in self.quantize(replace(site, layer=layer)).buffers())
+        return kept_bytes(self.quantize(replace(site, layer=layer)))
 
 
 class Replaced:
@@ -111,13 +116,14 @@ class Replaced:
 
     def __init__(self, originals: Originals) -> None:
         self.originals, self.calls = originals, 0
-        self.places: list[tuple[Site, Quantized]] = []
-        self.bytes_before = 0
+        self.places: list[tuple[Site, nn.Module]] = []
+        self.bytes_before, self.elements = 0, 0
 
-    def add(self, site: Site, module: Quantized) -> None:
+    def add(self, site: Site, module: nn.Module) -> None:
         """Note a replaced layer."""
         self.places.append((site, module))
         self.bytes_before += site.weight.nbytes
+        self.elements += site.weight.numel()
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A link around a network."""
@@ -131,17 +137,17 @@ class Replaced:
             raise NotEngaged("no network with quantized layers was called.")
         if gone := sum(not in_place(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
-        now = sum(buffer.nbytes for _, module in self.places for buffer in module.buffers())
+        now = sum(kept_bytes(module) for _, module in self.places)
         if now >= self.bytes_before:
             raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
-        bits = 8 * now / sum(module.quantized.codes.shape[0] * module.columns for _, module in self.places)
+        bits = 8 * now / self.elements
         return Evidence(
             summary=f"{len(self.places)} weights of {self.bytes_before / 2**20:.2f} MiB are stored in "
             f"{now / 2**20:.2f} MiB ({bits:.2f} bits a weight) and took part in {self.calls} calls"
         )
 
 
-def _named(quantize: Callable[[Site], Quantized], site: Site) -> Quantized:
+def _named(quantize: Callable[[Site], nn.Module], site: Site) -> nn.Module:
     try:
         return quantize(site)
     except HastenError as error:
@@ -152,6 +158,11 @@ def in_place(site: Site, module: nn.Module) -> bool:
     """Is a module where the layer was, if need be inside an adapter (PEFT)?"""
     present = site.parent._modules[site.name]
     return module is present or (present is not None and present._modules.get("base_layer") is module)
+
+
+def kept_bytes(module: nn.Module) -> int:
+    """Bytes of all tensors that a layer keeps instead of its weight."""
+    return sum(tensor.nbytes for name, tensor in module.state_dict().items() if name != "bias")
 
 
 def _bytes(network: nn.Module) -> int:
