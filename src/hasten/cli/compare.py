@@ -18,6 +18,7 @@ from hasten.cli.common import (
     SizeOption,
     StepsOption,
     adjusted,
+    gather_statistics,
     out,
     quiet,
     read_prompts,
@@ -79,6 +80,8 @@ def compare(
         guidance=guidance,
     )
     recipes = wanted or default_recipes(loaded)
+    if not parked:
+        gather_statistics(loaded, (one for _, one in recipes))
     adviser = Adviser.of(loaded.pipeline, workload, parked=parked)
     base = adviser.enough(Recipe()) if parked else Recipe()
     with OnTerminal(out) as progress:

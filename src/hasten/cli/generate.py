@@ -20,6 +20,7 @@ from hasten.cli.common import (
     SizeOption,
     StepsOption,
     adjusted,
+    gather_statistics,
     out,
     quiet,
     reports_errors,
@@ -58,6 +59,8 @@ def generate(
     ensure_writable(file.parent)
     quiet()
     loaded, parked = load_or_park(model, base=base_model, device=device, dtype=dtype, fallback=fallback)
+    if not parked:
+        gather_statistics(loaded, (applied,))
     workload = adjusted(loaded.workload, prompts=(prompt,), steps=steps, size=size, guidance=guidance)
     adviser = Adviser.of(loaded.pipeline, workload, parked=parked)
     began = adviser.enough(applied) if parked else applied

@@ -49,6 +49,10 @@ class LinearQuantizer(Technique):
         Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
         """
 
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module]:
+        """What quantizes the layers of a target one by one; calibrated techniques know more than a single layer."""
+        return self.quantize
+
     def claims(self) -> tuple[str, ...]:
         """The weights of the linears of its components."""
         return tuple(f"linear.weight:{pattern}" for pattern in self.components)
@@ -73,19 +77,14 @@ class LinearQuantizer(Technique):
     def apply(self, target: Target, patch: Patch) -> None:
         """Quantize layer by layer, and put the results in their places."""
         state = patch.keep(Replaced(Originals(self.originals)))
+        quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = self._quantized(site)
+            module = _named(quantize, site)
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
-
-    def _quantized(self, site: Site) -> nn.Module:
-        try:
-            return self.quantize(site)
-        except HastenError as error:
-            raise HastenError(f"{site.component}.{site.path}: {error}") from error
 
     def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
@@ -146,6 +145,13 @@ class Replaced:
             summary=f"{len(self.places)} weights of {self.bytes_before / 2**20:.2f} MiB are stored in "
             f"{now / 2**20:.2f} MiB ({bits:.2f} bits a weight) and took part in {self.calls} calls"
         )
+
+
+def _named(quantize: Callable[[Site], nn.Module], site: Site) -> nn.Module:
+    try:
+        return quantize(site)
+    except HastenError as error:
+        raise HastenError(f"{site.component}.{site.path}: {error}") from error
 
 
 def in_place(site: Site, module: nn.Module) -> bool:
