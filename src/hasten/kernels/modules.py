@@ -100,14 +100,13 @@ class Quantized(nn.Module):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for an input whose last dimension holds the channels."""
-        inner = x if self.smooth is None else x / self.smooth.to(x.dtype)
-        inner = inner if self.rotation == 1 else rotate(inner, self.rotation)
         tensors = [self._buffers[name] for name in TENSORS]
         facts = (self.shape, self.number, self.columns, self.activations)
-        found = operate(inner, tensors, self.bias, self.input_scale, *facts)
-        if self.down is not None and self.up is not None:
-            found = found + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return found
+        # All in one operator, so that a kernel can do the rest on the way.
+        return operate(
+            x, tensors, self.bias, self.input_scale, *facts,
+            smooth=self.smooth, rotation=self.rotation, down=self.down, up=self.up,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         exact = {name: self._buffers[name] for name in (*TENSORS, "input_scale")}
