@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ class Product:
     @property
     def group(self) -> int:
         """Inputs that share all of scale, minimum and zero point."""
-        return min(self.weight.columns // tensor.shape[1] for tensor in _by_group(self.weight))
+        return math.gcd(*(self.weight.columns // tensor.shape[1] for tensor in _by_group(self.weight)))
 
     @property
     def by_row(self) -> bool:
@@ -82,8 +83,10 @@ class Kernel:
 
     name: str
     takes: Callable[[Product], bool]
-    """Can it do this one, and is it made for so many tokens?"""
+    """Can it do this one?"""
     run: Callable[[Product], torch.Tensor]
+    suits: Callable[[Product], bool] = lambda product: True
+    """Is it made for so many tokens? Asked only where nothing was measured."""
 
 
 def row_scales(weight: QuantizedWeight) -> torch.Tensor:

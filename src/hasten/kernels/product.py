@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as F
 
-from hasten.kernels import cpu
+from hasten.kernels import cpu, gpu, tuning
 from hasten.kernels.activations import Activations, rounded
 from hasten.kernels.call import Kernel, Product
 from hasten.kernels.hadamard import rotate
@@ -37,12 +37,17 @@ def kernels(device: torch.device) -> list[Kernel]:
     """All kernels for a device in order of preference."""
     if device.type == "cpu":
         return [*cpu.KERNELS, REFERENCE]
-    return [REFERENCE]
+    return [*gpu.kernels(), REFERENCE] if gpu.usable(device) else [REFERENCE]
 
 
 def choose(product: Product) -> Kernel:
     """The kernel that computes a product."""
-    return next(kernel for kernel in kernels(product.x.device) if kernel.takes(product))
+    if not product.x.numel():
+        return REFERENCE
+    able = [kernel for kernel in kernels(product.x.device) if kernel.takes(product)]
+    fastest = tuning.known(product)
+    found = next((kernel for kernel in able if kernel.name == fastest), None)
+    return found or next(kernel for kernel in able if kernel.suits(product))
 
 
 _counts: list[Counter[str]] = []
@@ -178,6 +183,11 @@ def operate(
     facts = (list(shape), number, columns, activations, rotation)
     found = _operator(flat, *tensors, bias, input_scale, smooth, down, up, *facts)  # pyright: ignore
     return cast(torch.Tensor, found).reshape(*x.shape[:-1], shape[0])
+
+
+def tune(product: Product) -> str | None:
+    """Measure the kernels on a product, and from now on use the fastest for its like; its name, or None if none ran."""
+    return tuning.measure(product, [kernel for kernel in kernels(product.x.device) if kernel.takes(product)])
 
 
 def chosen(product: Product, tokens: int) -> str:
