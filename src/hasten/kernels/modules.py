@@ -108,14 +108,23 @@ class Quantized(nn.Module):
         """The layer's output for an input whose last dimension holds the channels."""
         if self.compute not in (None, x.dtype):
             return self.product(x.to(self.compute)).to(x.dtype)
-        inner, large = prepare(x, self.smooth, self.rotation), None
         if self.threshold:
-            inner, large = part_channels(inner, self.threshold)
+            return self._in_parts(x)
+        tensors = [self._buffers[name] for name in TENSORS]
+        facts = (self.shape, self.number, self.columns, self.activations)
+        # All in one operator, so that a kernel can do the rest on the way.
+        return operate(
+            x, tensors, self.bias, self.input_scale, *facts,
+            smooth=self.smooth, rotation=self.rotation, down=self.down, up=self.up,
+        )  # fmt: skip
+
+    def _in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Channels with large magnitudes have a product of their own, which rounds no activations."""
+        inner, large = part_channels(prepare(x, self.smooth, self.rotation), self.threshold)
         tensors = [self._buffers[name] for name in TENSORS]
         facts = (self.shape, self.number, self.columns)
         found = operate(inner, tensors, self.bias, self.input_scale, *facts, self.activations)
-        if large is not None:
-            found = found + operate(large, tensors, None, None, *facts, "none")
+        found = found + operate(large, tensors, None, None, *facts, "none")
         if self.down is not None and self.up is not None:
             found = found + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return found
