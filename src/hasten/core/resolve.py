@@ -125,6 +125,7 @@ CLAIMS = {
     "linear.weight": "the weights of the same linear layers",
     "residency": "the placement of the weights",
     "modulation": "the weights of adaptive norms",
+    "adapters": "the adapters of the layers",
 }
 """Resources in words, for refusals; a claim not listed here is shown as written."""
 

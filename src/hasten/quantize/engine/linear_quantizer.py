@@ -107,12 +107,14 @@ class Replaced:
     def __init__(self, originals: Originals) -> None:
         self.originals, self.calls = originals, 0
         self.places: list[tuple[Site, Quantized]] = []
-        self.bytes_before = 0
+        self.bytes_before = self.bytes_after = 0
 
     def add(self, site: Site, module: Quantized) -> None:
         """Note a replaced layer."""
         self.places.append((site, module))
         self.bytes_before += site.weight.nbytes
+        # Counted now: adapters may be given room in the same buffers later.
+        self.bytes_after += sum(buffer.nbytes for buffer in module.buffers())
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A link around a network."""
@@ -126,7 +128,7 @@ class Replaced:
             raise NotEngaged("no network with quantized layers was called.")
         if gone := sum(not in_place(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
-        now = sum(buffer.nbytes for _, module in self.places for buffer in module.buffers())
+        now = self.bytes_after
         if now >= self.bytes_before:
             raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
         bits = 8 * now / sum(module.quantized.codes.shape[0] * module.columns for _, module in self.places)
