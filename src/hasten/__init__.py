@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hasten.measure.compare import compare as compare
     from hasten.measure.comparison import Comparison as Comparison
     from hasten.models import load as load
+    from hasten.quantize import *  # noqa: F403
+    from hasten.quantize.lora import adapters as adapters
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ _HOMES = {
     "measure.compare": ("compare",),
     "measure.comparison": ("Comparison",),
     "models": ("load",),
+    "quantize.lora": ("adapters",),
 }
 _HOME_OF = {name: f"hasten.{module}" for module, names in _HOMES.items() for name in names}
 
