@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hasten.formats.saving import save as save
     from hasten.measure.compare import compare as compare
     from hasten.measure.comparison import Comparison as Comparison
+    from hasten.quantize import *  # noqa: F403
+    from hasten.quantize.lora import adapters as adapters
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ _HOMES = {
     "formats.saving": ("save",),
     "measure.compare": ("compare",),
     "measure.comparison": ("Comparison",),
+    "quantize.lora": ("adapters",),
 }
 _HOME_OF = {name: f"hasten.{module}" for module, names in _HOMES.items() for name in names}
 

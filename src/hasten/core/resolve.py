@@ -127,6 +127,7 @@ CLAIMS = {
     "linear.input": "what is done to the inputs of the same linear layers",
     "residency": "the placement of the weights",
     "modulation": "the weights of adaptive norms",
+    "adapters": "the adapters of the layers",
 }
 """Resources in words, for refusals; a claim not listed here is shown as written."""
 

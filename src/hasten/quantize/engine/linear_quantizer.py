@@ -117,13 +117,15 @@ class Replaced:
     def __init__(self, originals: Originals) -> None:
         self.originals, self.calls = originals, 0
         self.places: list[tuple[Site, nn.Module]] = []
-        self.bytes_before, self.elements = 0, 0
+        self.bytes_before = self.bytes_after = self.elements = 0
 
     def add(self, site: Site, module: nn.Module) -> None:
         """Note a replaced layer."""
         self.places.append((site, module))
         self.bytes_before += site.weight.nbytes
         self.elements += site.weight.numel()
+        # Counted now: adapters may be given room in the same buffers later.
+        self.bytes_after += kept_bytes(module)
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A link around a network."""
@@ -137,7 +139,7 @@ class Replaced:
             raise NotEngaged("no network with quantized layers was called.")
         if gone := sum(not in_place(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
-        now = sum(kept_bytes(module) for _, module in self.places)
+        now = self.bytes_after
         if now >= self.bytes_before:
             raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
         bits = 8 * now / self.elements
