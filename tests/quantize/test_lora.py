@@ -1,4 +1,4 @@
-"""Adapters on plain and quantized layers: PEFT's results, exchanged without compiling, and taken off without a trace."""
+"""Adapters on plain and quantized layers: PEFT's results, exchanged without compiling, taken off without a trace."""
 
 from __future__ import annotations
 

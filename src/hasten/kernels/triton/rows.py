@@ -66,8 +66,8 @@ def rotated(x, smooth, matrix, rows, start, inside, GROUP: tl.constexpr, PART: t
 
 @triton.jit
 def rotate_round_rows(
-    x, smooth, matrix, given, codes, scales, M, K: tl.constexpr, FLOAT: tl.constexpr, LARGEST: tl.constexpr, GROUP: tl.constexpr,
-    PART: tl.constexpr, TOKENS: tl.constexpr,
+    x, smooth, matrix, given, codes, scales, M, K: tl.constexpr, FLOAT: tl.constexpr, LARGEST: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The same for TOKENS tokens a program, each group of channels multiplied by `matrix`, [GROUP, GROUP], before.
 
