@@ -29,6 +29,8 @@ class LinearQuantizer(Technique):
     lossy: ClassVar[bool] = True
     convolutions: ClassVar[bool] = False
     """Does it take 1 x 1 convolutions as well?"""
+    uniform: ClassVar[bool] = False
+    """Do layers of one shape and type take the same bytes, wherever they are? Then one of them is asked for all."""
 
     components: tuple[str, ...] = field(
         default=("transformer*", "unet", "prior", "denoiser"),
@@ -100,8 +102,12 @@ class LinearQuantizer(Technique):
     def cost(self, target: Target, workload: Workload) -> Cost:
         """Memory is that of codes and scales; what it does to time depends on the kernels of the machine."""
         held = {name: _bytes(target.modules[name]) for name in chosen_components(target, self.components)}
+        sizes: dict[object, int] = {}
         for site in self.takes(target):
-            held[site.component] += self.stored(site) - site.weight.nbytes
+            key = _kind(site) if self.uniform else site
+            if key not in sizes:
+                sizes[key] = self.stored(site)
+            held[site.component] += sizes[key] - site.weight.nbytes
         return Cost(held=held, basis="formula")
 
     def stored(self, site: Site) -> int:
@@ -154,6 +160,11 @@ def _named(quantize: Callable[[Site], nn.Module], site: Site) -> nn.Module:
         return quantize(site)
     except HastenError as error:
         raise HastenError(f"{site.component}.{site.path}: {error}") from error
+
+
+def _kind(site: Site) -> object:
+    smoothed = site.wrapper is not None and site.wrapper.smooth is not None
+    return (*site.weight.shape, site.weight.dtype, smoothed)
 
 
 def in_place(site: Site, module: nn.Module) -> bool:
