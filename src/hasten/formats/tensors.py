@@ -90,6 +90,9 @@ class TensorFormat(Format):
         except (HastenError, OSError):
             return False
 
+    holds_computation: ClassVar[bool] = False
+    """Does it hold (or imply) the type of the product, and a threshold for channels that are left out of rounding?"""
+
     @abstractmethod
     def claims(self, file: TensorFile) -> bool:
         """Is this an open file of the format?"""
@@ -123,7 +126,8 @@ class TensorFormat(Format):
         """Plain tensors, and what `encodes` says."""
         if isinstance(entry.weight, torch.Tensor):
             return entry.given == Input() and entry.low_rank is None
-        return self.encodes(entry)
+        extra = entry.given.threshold or entry.given.compute is not None
+        return (self.holds_computation or not extra) and self.encodes(entry)
 
     def encodes(self, entry: Entry) -> bool:
         """Can it hold this entry, whose weight is in codes?"""
