@@ -9,7 +9,7 @@ weight what `Quantized.describe` gives. Reading it executes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from hasten.formats.format import BadFile, Entry
 from hasten.formats.header import strict_object
 from hasten.formats.mapped import TensorFile
-from hasten.formats.tensors import Part, TensorFormat, base_of, chosen, coded, is_linear
+from hasten.formats.tensors import Closing, Part, TensorFormat, base_of, chosen, coded, is_linear
 from hasten.kernels.modules import Input, LowRank
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.rounding import quantize_float8, quantize_integer
@@ -69,7 +69,7 @@ class Own(TensorFormat):
         notes = {key: value for key, value in entry.notes.items() if _is_json(value)}
         return facts | ({"notes": notes} if notes else {})
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
         """The description of all layers."""
         text = json.dumps({"version": VERSION, "layers": dict(entries)}, separators=(",", ":"))
         return {}, {"hasten": text}
