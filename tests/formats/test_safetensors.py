@@ -134,6 +134,16 @@ def test_shards(tmp_path: Path) -> None:
         TensorFile(index)
 
 
+def test_the_pair_of_files_of_older_nunchaku_checkpoints(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "transformer_blocks.safetensors", {"a": torch.ones(2)})
+    write_tensors(tmp_path / "unquantized_layers.safetensors", {"b": torch.ones(2)})
+    assert TensorFile(tmp_path).names() == ["a", "b"]
+    write_tensors(tmp_path / "more.safetensors", {"c": torch.ones(2)})
+    (tmp_path / "unquantized_layers.safetensors").unlink()
+    with pytest.raises(BadFile, match=r"more\.safetensors"):
+        TensorFile(tmp_path)
+
+
 def entry(dtype: str = "U8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
