@@ -10,13 +10,13 @@ import torch
 
 from hasten.formats.format import Entry, Format
 from hasten.formats.own import Own
-from hasten.formats.streamed import write_tensors
+from hasten.formats.streamed import bytes_of, write_tensors
 from hasten.kernels.weight import QuantizedWeight
 
 
 def raw(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor, so that NaN and -0 are compared as well."""
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return bytes(bytes_of(tensor))
 
 
 def same_tensors(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> None:

@@ -58,7 +58,8 @@ def test_fp8_scaled_reads_both_spellings_and_writes_the_same(
 def test_fp8_scaled_marker_can_ask_for_full_precision(tmp_path: Path) -> None:
     tensors = {
         "model.diffusion_model.scaled_fp8": torch.zeros(2, dtype=E4M3), "model.diffusion_model.a.weight": fp8(2, 2),
-        "model.diffusion_model.a.scale_weight": torch.tensor(1.5), "model.diffusion_model.a.scale_input": torch.tensor(3.0),
+        "model.diffusion_model.a.scale_weight": torch.tensor(1.5),
+        "model.diffusion_model.a.scale_input": torch.tensor(3.0),
     }  # fmt: skip
     entry = round_trip(Fp8Scaled(), tensors, tmp_path)["model.diffusion_model.a.weight"]
     assert entry.given.activations == "none"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hasten.formats.bfl import BFL, ModelOpt
+from hasten.formats.bitsandbytes import BitsAndBytes
 from hasten.formats.comfy.format import ComfyQuant
 from hasten.formats.format import Format
 from hasten.formats.fp8_scaled import Fp8Scaled
@@ -27,6 +28,7 @@ def formats() -> Mapping[str, Format]:
         TorchAO(),
         ComfyQuant(),
         Fp8Scaled(),
+        BitsAndBytes(),
         NunchakuLite(),
         Nunchaku(),
         GPTQ(),

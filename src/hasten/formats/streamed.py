@@ -151,8 +151,9 @@ def write_tensors(
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order."""
-    plain = tensor.detach().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A single number counts as contiguous whatever its stride is, and `view` asks for a stride of 1.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:

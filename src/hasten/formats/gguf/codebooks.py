@@ -26,7 +26,9 @@ IQ1_DELTA = 0.125
 @functools.cache
 def book(name: str) -> torch.Tensor:
     """A codebook, uint8 [entries, 4 or 8]: for each number of an entry the index of its level."""
-    found: dict[str, Any] = json.loads(resources.files(__package__).joinpath("codebooks.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads(
+        resources.files("hasten.formats.gguf").joinpath("codebooks.json").read_text("utf-8")
+    )
     entry = found["books"][name]
     data = torch.tensor(list(base64.b64decode(entry["data"])), dtype=torch.uint8)
     return spread_bits(data[None], 1, entry["bits"]).reshape(-1, entry["width"])

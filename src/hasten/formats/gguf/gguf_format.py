@@ -42,7 +42,9 @@ class Mix:
 
 _FUSED = re.compile(r"(^|[._])(qkv|qkv_proj|in_proj|to_qkv|to_added_qkv)(\.weight|_weight)?$")
 _VALUE = re.compile(r"(^|[._])(to_v|v_proj|attn_v|v|value)(\.weight)?$")
-_DOWN = re.compile(r"(^|[._])(ff(n|_context)?\.net\.2|ffn\.2|(img_|txt_)?mlp\.2|mlp\.fc2|ffn_down|down_proj|w2|wo)(\.weight)?$")
+_DOWN = re.compile(
+    r"(^|[._])(ff(n|_context)?\.net\.2|ffn\.2|(img_|txt_)?mlp\.2|mlp\.fc2|ffn_down|down_proj|w2|wo)(\.weight)?$"
+)
 
 MIXES = {
     "Q3_K_M": Mix("Q3_K", "Q4_K", "Q5_K", "Q4_K"),
@@ -52,7 +54,7 @@ MIXES = {
 
 
 class GGUFFormat(Format):
-    """Files of ggml, llama.cpp, stable-diffusion.cpp and ComfyUI-GGUF: each tensor in one of 26 types.
+    """Files of ggml, llama.cpp, stable-diffusion.cpp and ComfyUI-GGUF: each tensor in a type of its own.
 
     All types are read without loss. Bytes come back as they were for those that can be written; of IQ1, IQ2 and IQ3
     the values do. See https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.

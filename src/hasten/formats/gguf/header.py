@@ -121,7 +121,9 @@ def _size(name: str, kind: int, stored: tuple[int, ...], path: Path) -> int:
         raise BadFile(f"{path}: the tensor {name!r} is of type {kind}, which is unknown or was withdrawn from GGUF.")
     found = BY_ID[kind]
     if not stored or stored[-1] % found.block:
-        raise BadFile(f"{path}: rows of {name!r} are {list(stored[-1:])} long, and {found.name} has blocks of {found.block}.")
+        raise BadFile(
+            f"{path}: rows of {name!r} are {list(stored[-1:])} long, and {found.name} has blocks of {found.block}."
+        )
     return math.prod(stored) // found.block * found.size
 
 

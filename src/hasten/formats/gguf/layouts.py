@@ -211,7 +211,7 @@ def write_tq1_0(blocks: Blocks) -> torch.Tensor:
     start = 0
     for width, digits in _TERNARY:
         run = codes[:, start : start + width * digits].reshape(-1, digits, width)
-        total = sum(run[:, place] * 3 ** (4 - place) for place in range(digits))
+        total = torch.stack([run[:, place] * 3 ** (4 - place) for place in range(digits)]).sum(0)
         parts.append(((total * 256 + 242) // 243).to(torch.uint8))
         start += width * digits
     return torch.cat([*parts, raw(blocks.scale)], 1)
@@ -222,7 +222,9 @@ def _five_bits(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _nested(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    assert blocks.minimum is not None and blocks.coarse is not None and blocks.minimum_coarse is not None
+    assert blocks.minimum is not None
+    assert blocks.coarse is not None
+    assert blocks.minimum_coarse is not None
     return blocks.minimum, blocks.coarse, blocks.minimum_coarse
 
 

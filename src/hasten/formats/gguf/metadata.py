@@ -135,7 +135,7 @@ def _kind(values: Sequence[Value]) -> int:
 
 
 def _whole(least: int, greatest: int) -> int:
-    if -(1 << 31) <= least and greatest < 1 << 31:
+    if least >= -(1 << 31) and greatest < 1 << 31:
         return _CODES["i" if least < 0 else "I"]
     if least >= 0:
         return _CODES["I" if greatest < 1 << 32 else "Q"]

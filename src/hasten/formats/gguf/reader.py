@@ -86,12 +86,12 @@ class GGUFReader(Reader):
             return torch.frombuffer(self._map, dtype=torch.uint8, count=info.size, offset=info.start)
 
     def _forget(self, info: Info) -> None:
-        if hasattr(self._map, "madvise"):
+        if hasattr(mmap, "MADV_DONTNEED"):
             start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, info.start + info.size - start)
 
 
 def _columns(info: Info) -> int:
     """Of the grid: the inputs of a row where blocks divide them, else the rows of the file."""
-    inputs = math.prod(info.shape[1:]) if len(info.shape) > 1 else info.shape[0]
+    inputs = math.prod(info.shape[1:] or info.shape)
     return inputs if inputs % BY_ID[info.type_id].block == 0 else info.stored[-1]

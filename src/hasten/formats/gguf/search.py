@@ -1,10 +1,9 @@
 """The search for the scales of K-quants and of the 4-bit types with a table.
 
 What is sought is the least sum of w * (x - x')**2 over a block, where w is how much a number matters (1, or the mean
-square of what it is multiplied with). As in ggml's make_qkx2_quants and make_qx_quants, several roundings of a group are
-tried, each with the scale (and minimum) of the least squares for it, and the best is kept; the scales of groups are
-then rounded to codes in turn. Beyond ggml, which stops there, codes, codes of scales and the block's scales are fitted
-once more to each other, as long as the error falls. Groups of all blocks are searched at once.
+square of what it is multiplied with). As in ggml's make_qkx2_quants and make_qx_quants, several roundings of a group
+are tried, each with the scale (and minimum) of the least squares for it, and the best is kept. Groups of all blocks
+are searched at once.
 
 Source: ggml-quants.c of https://github.com/ggml-org/ggml (the formulas).
 """
@@ -18,9 +17,7 @@ import torch
 STEPS = tuple(step / 10 for step in range(-9, 10))
 
 
-def affine(
-    x: torch.Tensor, w: torch.Tensor, top: int, steps: Iterable[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def affine(x: torch.Tensor, w: torch.Tensor, top: int, steps: Iterable[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale s >= 0 and minimum m >= 0 of each group, [..., 1], so that s * code - m is near x, codes 0 to `top`."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)
     span = (high - low).clamp(min=torch.finfo(x.dtype).tiny)

@@ -124,9 +124,7 @@ def tabled_groups(values: torch.Tensor, weights: torch.Tensor, table: torch.Tens
     return Blocks(codes.to(torch.uint8), scale)
 
 
-def improved(
-    fit: Fit, x: torch.Tensor, w: torch.Tensor, nearest: Levels, codes: tuple[int, int, bool]
-) -> Fit:
+def improved(fit: Fit, x: torch.Tensor, w: torch.Tensor, nearest: Levels, codes: tuple[int, int, bool]) -> Fit:
     """With better codes of scales, group by group, and then better scales of blocks."""
     best, error = fit, fit.error(x, w, nearest)
     for other in fit.moved(*codes):
