@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hasten
 from hasten.models import bundled
 from tests.cli.conftest import Run
 
@@ -48,3 +49,20 @@ def test_damage_is_found(run: Run, tmp_path: Path) -> None:
     result = run("verify", target)
     assert result.exit_code == 2
     assert "is damaged: its SHA-256 is" in result.output
+
+
+def test_a_quantized_folder_is_inspected_and_not_planned_for(run: Run, tmp_path: Path) -> None:
+    loaded = hasten.load("emoji-dit", device="cpu")
+    hasten.apply_permanently(loaded.pipeline, hasten.WeightOnly(bits=4, originals="drop"))
+    folder = hasten.save(loaded.pipeline, tmp_path / "q")
+    plain, coded = run("inspect", "emoji-dit"), run("inspect", folder)
+    assert coded.exit_code == 0, coded.output
+
+    def row(text: str) -> list[str]:
+        return next(line for line in text.splitlines() if "DiTTransformer2DModel" in line).split("│")
+
+    assert row(plain.output)[3] == row(coded.output)[3]
+    sizes = [float(row(text)[4].split()[0]) for text in (plain.output, coded.output)]
+    assert sizes[1] < 0.5 * sizes[0]
+    planned = run("plan", folder)
+    assert (planned.exit_code, "holds quantized weights" in planned.output) == (2, True)
