@@ -3,6 +3,7 @@
 from hasten.quantize.awq import AWQ
 from hasten.quantize.bits_and_bytes import BitsAndBytes
 from hasten.quantize.float8_linear import Float8Linear
+from hasten.quantize.gguf import GGUF
 from hasten.quantize.gptq import GPTQ
 from hasten.quantize.hadamard_rotation import HadamardRotation
 from hasten.quantize.int4_linear import Int4Linear
@@ -13,6 +14,7 @@ from hasten.quantize.weight_only import WeightOnly
 
 __all__ = [
     "AWQ",
+    "GGUF",
     "GPTQ",
     "BitsAndBytes",
     "Float8Linear",
