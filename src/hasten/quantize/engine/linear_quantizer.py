@@ -49,8 +49,11 @@ class LinearQuantizer(Technique):
         Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
         """
 
-    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module]:
-        """What quantizes the layers of a target one by one; calibrated techniques know more than a single layer."""
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module | None]:
+        """What quantizes the layers of a target one by one, or leaves some (None).
+
+        Calibrated techniques know more than a single layer.
+        """
         return self.quantize
 
     def claims(self) -> tuple[str, ...]:
@@ -79,7 +82,8 @@ class LinearQuantizer(Technique):
         state = patch.keep(Replaced(Originals(self.originals)))
         quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = _named(quantize, site)
+            if (module := _named(quantize, site)) is None:
+                continue
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
@@ -147,7 +151,7 @@ class Replaced:
         )
 
 
-def _named(quantize: Callable[[Site], nn.Module], site: Site) -> nn.Module:
+def _named(quantize: Callable[[Site], nn.Module | None], site: Site) -> nn.Module | None:
     try:
         return quantize(site)
     except HastenError as error:
