@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,8 @@ from hasten.core.target import Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
+from hasten.kernels.rounding import quantize_integer
+from hasten.quantize.engine.build import quantized_layer
 from hasten.quantize.engine.originals import Originals, set_aside
 from hasten.quantize.engine.sites import Site, chosen_components, obstacles, sites
 
@@ -36,6 +39,9 @@ class LinearQuantizer(Technique):
     )
     skip: tuple[str, ...] = field(
         default=(), metadata=about("layers that stay as they are, as patterns of their paths")
+    )
+    finer: tuple[str, ...] = field(
+        default=(), metadata=about("layers that get 8-bit integers instead, as patterns of their paths")
     )
     originals: Literal["keep", "cpu", "drop"] = field(
         default="cpu",
@@ -82,13 +88,21 @@ class LinearQuantizer(Technique):
         state = patch.keep(Replaced(Originals(self.originals)))
         quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            if (module := _named(quantize, site)) is None:
+            if (module := _named(self._finer if self.is_finer(site) else quantize, site)) is None:
                 continue
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
+
+    def is_finer(self, site: Site) -> bool:
+        """Does a layer get 8-bit integers instead of what the technique makes of others?"""
+        return any(fnmatchcase(site.path, pattern) for pattern in self.finer)
+
+    def _finer(self, site: Site) -> Quantized:
+        """Rounded row by row, with inputs as they are: what costs least fidelity."""
+        return quantized_layer(site, quantize_integer(site.weight, 8))
 
     def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
@@ -110,9 +124,10 @@ class LinearQuantizer(Technique):
 
     def stored(self, site: Site) -> int:
         """Bytes that the layer will take in place of its weight."""
+        quantize = self._finer if self.is_finer(site) else self.quantize
         layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = nn.Parameter(torch.empty_like(site.weight, device="meta"), requires_grad=False)
-        return kept_bytes(self.quantize(replace(site, layer=layer)))
+        return kept_bytes(quantize(replace(site, layer=layer)))
 
 
 class Replaced:

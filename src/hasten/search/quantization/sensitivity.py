@@ -22,7 +22,7 @@ from hasten.quantize.engine.build import quantized_layer
 from hasten.quantize.engine.error import relative_error
 from hasten.quantize.engine.gains_file import save_gains, usual_gains
 from hasten.quantize.engine.sites import Site, sites
-from hasten.quantize.engine.statistics_file import StatisticsFile
+from hasten.quantize.engine.statistics_file import StatisticsFile, usual_file
 from hasten.quantize.engine.watching import Statistics, key_of
 from hasten.search.quantization.calls import Call, record_calls
 from hasten.search.quantization.collect import collect
@@ -81,7 +81,8 @@ def measure_gains(
     """
     target, shown = Target.of(model.pipeline), progress or Silent()
     weights = weights_hash(target.denoisers[0].module)
-    known = StatisticsFile(collect(model, workload, progress=shown)).statistics
+    there = usual_file(weights)
+    known = StatisticsFile(there if there.is_file() else collect(model, workload, progress=shown)).statistics
     names = {denoiser.name for denoiser in target.denoisers}
     chosen = [site for site in sites(target, names, (), True, everywhere=True) if key_of(site) in known.layers]
     calls = record_calls(model.pipeline, workload or model.workload)
