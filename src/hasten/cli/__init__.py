@@ -1,4 +1,4 @@
-"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`, `plan`, `calibrate`, `quantize`, `doctor`."""
+"""The command line: `hasten compare`, `generate`, `inspect`, `plan`, `calibrate`, `quantize` and others."""
 
 from __future__ import annotations
 
