@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,8 @@ from hasten.core.target import Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
+from hasten.kernels.rounding import quantize_integer
+from hasten.quantize.engine.build import quantized_layer
 from hasten.quantize.engine.originals import Originals, set_aside
 from hasten.quantize.engine.sites import Site, chosen_components, obstacles, sites
 
@@ -39,6 +42,9 @@ class LinearQuantizer(Technique):
     skip: tuple[str, ...] = field(
         default=(), metadata=about("layers that stay as they are, as patterns of their paths")
     )
+    finer: tuple[str, ...] = field(
+        default=(), metadata=about("layers that get 8-bit integers instead, as patterns of their paths")
+    )
     originals: Literal["keep", "cpu", "drop"] = field(
         default="cpu",
         metadata=about("where the original weights wait: where they are, in host memory, or nowhere (for good)"),
@@ -51,8 +57,11 @@ class LinearQuantizer(Technique):
         Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
         """
 
-    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module]:
-        """What quantizes the layers of a target one by one; calibrated techniques know more than a single layer."""
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module | None]:
+        """What quantizes the layers of a target one by one, or leaves some (None).
+
+        Calibrated techniques know more than a single layer.
+        """
         return self.quantize
 
     def claims(self) -> tuple[str, ...]:
@@ -81,12 +90,21 @@ class LinearQuantizer(Technique):
         state = patch.keep(Replaced(Originals(self.originals)))
         quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = _named(quantize, site)
+            if (module := _named(self._finer if self.is_finer(site) else quantize, site)) is None:
+                continue
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
+
+    def is_finer(self, site: Site) -> bool:
+        """Does a layer get 8-bit integers instead of what the technique makes of others?"""
+        return any(fnmatchcase(site.path, pattern) for pattern in self.finer)
+
+    def _finer(self, site: Site) -> Quantized:
+        """Rounded row by row, with inputs as they are: what costs least fidelity."""
+        return quantized_layer(site, quantize_integer(site.weight, 8))
 
     def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
@@ -112,9 +130,10 @@ class LinearQuantizer(Technique):
 
     def stored(self, site: Site) -> int:
         """Bytes that the layer will take in place of its weight."""
+        quantize = self._finer if self.is_finer(site) else self.quantize
         layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = nn.Parameter(torch.empty_like(site.weight, device="meta"), requires_grad=False)
-        return kept_bytes(self.quantize(replace(site, layer=layer)))
+        return kept_bytes(quantize(replace(site, layer=layer)))
 
 
 class Replaced:
@@ -155,7 +174,7 @@ class Replaced:
         )
 
 
-def _named(quantize: Callable[[Site], nn.Module], site: Site) -> nn.Module:
+def _named(quantize: Callable[[Site], nn.Module | None], site: Site) -> nn.Module | None:
     try:
         return quantize(site)
     except HastenError as error:
