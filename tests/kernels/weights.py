@@ -30,7 +30,7 @@ def super_blocks(bits: int, group: int, minimum: bool) -> QuantizedWeight:
 
 
 def double_quantized(group: int) -> QuantizedWeight:
-    """As in bitsandbytes: 4-bit codes of a table, whose scales are codes of another with a coarse scale and an offset."""
+    """As in bitsandbytes: 4-bit codes of a table; scales are codes of another, with a coarse scale and an offset."""
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 16, (_ROWS, _COLUMNS), generator=generator, dtype=torch.uint8)
     fine = torch.randint(0, 256, (_ROWS, _COLUMNS // group), generator=generator, dtype=torch.uint8)

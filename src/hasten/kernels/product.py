@@ -125,7 +125,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The weight is constant, and rounding of activations passes gradients through."""
     *tensors, smooth, down, up, x = ctx.saved_tensors
-    weight = _weight_of(*ctx.facts, tensors)
+    shape, number, columns = ctx.facts
+    weight = _weight_of(shape, number, columns, tensors)
     to_x = grad @ weight.dequantize(grad.dtype).reshape(weight.shape[0], -1)
     to_x = to_x if ctx.rotation == 1 else rotate(to_x, ctx.rotation)
     to_x = to_x if smooth is None else to_x / smooth.to(grad.dtype)
