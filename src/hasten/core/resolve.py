@@ -123,6 +123,7 @@ CLAIMS = {
     "recording": "the recording of the denoiser's calls",
     "layout": "the memory layout of the weights",
     "linear.weight": "the weights of the same linear layers",
+    "linear.input": "what is done to the inputs of the same linear layers",
     "residency": "the placement of the weights",
     "modulation": "the weights of adaptive norms",
 }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from hasten.core.errors import NotEngaged, nearest
+from hasten.core.errors import HastenError, NotEngaged, nearest
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Target
@@ -18,7 +18,7 @@ from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
 from hasten.quantize.engine.originals import Originals, set_aside
-from hasten.quantize.engine.sites import FLOATING, Site, chosen_components, sites
+from hasten.quantize.engine.sites import Site, chosen_components, obstacles, sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,11 @@ class LinearQuantizer(Technique):
     )
 
     @abstractmethod
-    def quantize(self, site: Site) -> Quantized:
-        """The quantized layer for one place; on the meta device for a weight that is there."""
+    def quantize(self, site: Site) -> nn.Module:
+        """The quantized layer for one place; on the meta device for a weight that is there.
+
+        Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
+        """
 
     def claims(self) -> tuple[str, ...]:
         """The weights of the linears of its components."""
@@ -65,21 +68,29 @@ class LinearQuantizer(Technique):
             yield f"no component is called {' or '.join(self.components)}. {nearest('', list(target.modules))}"
         found = self.takes(target)
         for name in names:
-            yield from _obstacles(name, [site for site in found if site.component == name])
+            yield from obstacles(name, [site for site in found if site.component == name])
 
     def apply(self, target: Target, patch: Patch) -> None:
         """Quantize layer by layer, and put the results in their places."""
         state = patch.keep(Replaced(Originals(self.originals)))
         for site in self.takes(target):
-            module = self.quantize(site)
+            module = self._quantized(site)
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
 
-    def describe(self, module: Quantized) -> str:
+    def _quantized(self, site: Site) -> nn.Module:
+        try:
+            return self.quantize(site)
+        except HastenError as error:
+            raise HastenError(f"{site.component}.{site.path}: {error}") from error
+
+    def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
+        if not isinstance(module, Quantized):
+            return f"weight is kept by {type(module).__name__}"
         activations = f", activations {module.activations}" if module.activations != "none" else ""
         return f"weight is kept as {module.number}{activations}"
 
@@ -98,7 +109,7 @@ class LinearQuantizer(Technique):
         """Bytes that the layer will take in place of its weight."""
         layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = nn.Parameter(torch.empty_like(site.weight, device="meta"), requires_grad=False)
-        return sum(buffer.nbytes for buffer in self.quantize(replace(site, layer=layer)).buffers())
+        return kept_bytes(self.quantize(replace(site, layer=layer)))
 
 
 class Replaced:
@@ -106,13 +117,14 @@ class Replaced:
 
     def __init__(self, originals: Originals) -> None:
         self.originals, self.calls = originals, 0
-        self.places: list[tuple[Site, Quantized]] = []
-        self.bytes_before = 0
+        self.places: list[tuple[Site, nn.Module]] = []
+        self.bytes_before, self.elements = 0, 0
 
-    def add(self, site: Site, module: Quantized) -> None:
+    def add(self, site: Site, module: nn.Module) -> None:
         """Note a replaced layer."""
         self.places.append((site, module))
         self.bytes_before += site.weight.nbytes
+        self.elements += site.weight.numel()
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A link around a network."""
@@ -126,10 +138,10 @@ class Replaced:
             raise NotEngaged("no network with quantized layers was called.")
         if gone := sum(not in_place(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
-        now = sum(buffer.nbytes for _, module in self.places for buffer in module.buffers())
+        now = sum(kept_bytes(module) for _, module in self.places)
         if now >= self.bytes_before:
             raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
-        bits = 8 * now / sum(module.quantized.codes.shape[0] * module.columns for _, module in self.places)
+        bits = 8 * now / self.elements
         return Evidence(
             summary=f"{len(self.places)} weights of {self.bytes_before / 2**20:.2f} MiB are stored in "
             f"{now / 2**20:.2f} MiB ({bits:.2f} bits a weight) and took part in {self.calls} calls"
@@ -142,15 +154,9 @@ def in_place(site: Site, module: nn.Module) -> bool:
     return module is present or (present is not None and present._modules.get("base_layer") is module)
 
 
-def _obstacles(component: str, found: list[Site]) -> Iterator[str]:
-    if not found:
-        yield f"the {component} has no linear layers in blocks that could be quantized."
-    kinds = {str(site.weight.dtype) for site in found if site.weight.dtype not in FLOATING}
-    kinds |= {type(site.layer.weight.data).__name__ for site in found} - {"Tensor"}
-    if kinds:
-        yield f"weights of the {component} are of type {' and '.join(sorted(kinds))} and cannot be quantized again."
-    if any(hasattr(site.layer, "_hf_hook") or hasattr(site.layer, "_diffusers_hook") for site in found):
-        yield f"the layers of the {component} carry hooks of accelerate or diffusers; take those off first."
+def kept_bytes(module: nn.Module) -> int:
+    """Bytes of all tensors that a layer keeps instead of its weight."""
+    return sum(tensor.nbytes for name, tensor in module.state_dict().items() if name != "bias")
 
 
 def _bytes(network: nn.Module) -> int:
