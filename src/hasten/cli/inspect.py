@@ -33,7 +33,8 @@ def inspect(model: ModelArgument, device: DeviceOption = None, dtype: DtypeOptio
 
 def _target(model: str, device: str | None, dtype: str | None) -> Target:
     from hasten.core.target import Target, released_models
-    from hasten.models import bundled, find_folder, load
+    from hasten.formats.loading import load
+    from hasten.models import bundled, find_folder
 
     if model.casefold() in {name.casefold() for name in released_models()}:
         return Target.planned(model)

@@ -49,6 +49,10 @@ class LinearQuantizer(Technique):
         Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
         """
 
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module]:
+        """What quantizes the layers of a target one by one; calibrated techniques know more than a single layer."""
+        return self.quantize
+
     def claims(self) -> tuple[str, ...]:
         """The weights of the linears of its components."""
         return tuple(f"linear.weight:{pattern}" for pattern in self.components)
@@ -73,19 +77,14 @@ class LinearQuantizer(Technique):
     def apply(self, target: Target, patch: Patch) -> None:
         """Quantize layer by layer, and put the results in their places."""
         state = patch.keep(Replaced(Originals(self.originals)))
+        quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = self._quantized(site)
+            module = _named(quantize, site)
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
-
-    def _quantized(self, site: Site) -> nn.Module:
-        try:
-            return self.quantize(site)
-        except HastenError as error:
-            raise HastenError(f"{site.component}.{site.path}: {error}") from error
 
     def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
@@ -118,13 +117,15 @@ class Replaced:
     def __init__(self, originals: Originals) -> None:
         self.originals, self.calls = originals, 0
         self.places: list[tuple[Site, nn.Module]] = []
-        self.bytes_before, self.elements = 0, 0
+        self.bytes_before = self.bytes_after = self.elements = 0
 
     def add(self, site: Site, module: nn.Module) -> None:
         """Note a replaced layer."""
         self.places.append((site, module))
         self.bytes_before += site.weight.nbytes
         self.elements += site.weight.numel()
+        # Counted now: adapters may be given room in the same buffers later.
+        self.bytes_after += kept_bytes(module)
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A link around a network."""
@@ -138,7 +139,7 @@ class Replaced:
             raise NotEngaged("no network with quantized layers was called.")
         if gone := sum(not in_place(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
-        now = sum(kept_bytes(module) for _, module in self.places)
+        now = self.bytes_after
         if now >= self.bytes_before:
             raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
         bits = 8 * now / self.elements
@@ -146,6 +147,13 @@ class Replaced:
             summary=f"{len(self.places)} weights of {self.bytes_before / 2**20:.2f} MiB are stored in "
             f"{now / 2**20:.2f} MiB ({bits:.2f} bits a weight) and took part in {self.calls} calls"
         )
+
+
+def _named(quantize: Callable[[Site], nn.Module], site: Site) -> nn.Module:
+    try:
+        return quantize(site)
+    except HastenError as error:
+        raise HastenError(f"{site.component}.{site.path}: {error}") from error
 
 
 def in_place(site: Site, module: nn.Module) -> bool:
