@@ -75,10 +75,15 @@ def test_sizes_of_flux(tokens: int, inputs: int, outputs: int) -> None:
 @pytest.mark.parametrize("rotation", [1, 16, 256])
 def test_smoothing_rotation_and_side_branch(bits: int, rotation: int) -> None:
     weight = on_gpu(quantize_integer(torch.randn(640, 768), bits, None if bits == 8 else 64))
-    changes: dict[str, Any] = {"smooth": torch.rand(768, device=CUDA) + 0.5, "rotation": rotation}
-    pair = {"down": torch.randn(40, 768, device=CUDA) / 28, "up": torch.randn(640, 40, device=CUDA)}
+    changes: dict[str, Any] = {
+        "smooth": torch.rand(768, device=CUDA) + 0.5,
+        "rotation": rotation,
+        "activations": "int8",
+    }
+    pair: dict[str, Any] = {"down": torch.randn(40, 768, device=CUDA) / 28, "up": torch.randn(640, 40, device=CUDA)}
+    pair["rank_scale"] = torch.rand(40, device=CUDA)
     for tokens in (9, 300):
-        product = product_of(weight, tokens, activations="int8", **changes, **pair)
+        product = product_of(weight, tokens, **changes, **pair)
         assert len(check_all(product, 2e-2)) > 1
 
 

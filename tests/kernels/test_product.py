@@ -41,7 +41,8 @@ def layer_of(name: str, **given: Any) -> QuantizedLinear:
     weight = made(name)
     outputs, inputs = weight.shape
     smooth, generator = torch.linspace(0.5, 2, inputs), torch.Generator().manual_seed(3)
-    side = LowRank(torch.randn(4, inputs, generator=generator) / 8, torch.randn(outputs, 4, generator=generator))
+    pair = torch.randn(4, inputs, generator=generator) / 8, torch.randn(outputs, 4, generator=generator)
+    side = LowRank(*pair, torch.tensor([1.0, 0.5, -2.0, 0.0]))
     bias = torch.linspace(-1, 1, outputs)
     return QuantizedLinear(weight, bias, given=Input(smooth=smooth, rotation=8, **given), low_rank=side)
 
@@ -131,7 +132,7 @@ def test_the_operator_keeps_the_rules_of_operators(name: str) -> None:
     x = torch.randn(3, layer.shape[1], requires_grad=True)
     pair = (layer.down.clone().requires_grad_(), layer.up.clone().requires_grad_())
     operator = torch.ops.hasten.quantized_linear.default
-    torch.library.opcheck(operator, (x, *tensors, layer.bias, None, layer.smooth, *pair, *facts))
+    torch.library.opcheck(operator, (x, *tensors, layer.bias, None, layer.smooth, *pair, layer.rank_scale, *facts))
 
 
 def cpu_names() -> tuple[str, ...]:
@@ -149,13 +150,19 @@ def test_gradients_are_those_of_the_plain_layer(name: str) -> None:
     leaves = [leaf.requires_grad_() for leaf in leaves]
     x, down, up, bias = leaves
     weight, smooth = layer.quantized, layer.smooth
-    product = Product(x, weight, bias, smooth=smooth, rotation=8, down=down, up=up)
+    product = Product(x, weight, bias, smooth=smooth, rotation=8, down=down, up=up, rank_scale=layer.rank_scale)
     plain = reference(dataclasses.replace(product, x=x.flatten(0, 1)))
     towards = torch.randn(plain.shape)
     expected = torch.autograd.grad(plain, leaves, towards)
     found = torch.autograd.grad(multiply(product).flatten(0, 1), leaves, towards)
     for one, other in zip(found, expected, strict=True):
         assert difference(one, other) < 1e-5
+
+
+def test_a_layer_computes_what_its_effective_weight_does() -> None:
+    layer = layer_of("uint8 g32")
+    x = torch.randn(3, layer.shape[1])
+    assert difference(layer(x), torch.nn.functional.linear(x, layer.effective(), layer.bias)) < 1e-5
 
 
 def test_a_frozen_side_branch_keeps_no_input() -> None:

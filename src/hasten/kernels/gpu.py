@@ -144,7 +144,7 @@ def _scaled(product: Product) -> torch.Tensor:
 def _rounded(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
     from hasten.kernels.triton import launch
 
-    plain = product if _rotates(product) else replace(product.plain(), down=product.down, up=product.up)
+    plain = product if _rotates(product) else replace(product, x=product.prepared(), smooth=None, rotation=1)
     return launch.round_tokens(plain)
 
 

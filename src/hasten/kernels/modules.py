@@ -128,7 +128,7 @@ class Quantized(nn.Module):
         # All in one operator, so that a kernel can do the rest on the way.
         return operate(
             x, tensors, self.bias, self.input_scale, *facts,
-            smooth=self.smooth, rotation=self.rotation, down=self.down, up=self.up,
+            smooth=self.smooth, rotation=self.rotation, down=self.down, up=self.up, rank_scale=self.rank_scale,
         )  # fmt: skip
 
     def _in_parts(self, x: torch.Tensor) -> torch.Tensor:
