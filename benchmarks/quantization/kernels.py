@@ -4,7 +4,8 @@
 
 Rows: bfloat16, `torch._scaled_mm` on rows of float8 that are there already, peers where they can be imported, and each
 kernel that takes each of our layers, with which one is chosen without measuring. `tflops` counts the product alone.
-Inputs are random; the second-level cache is emptied between calls. `--tune` also fills the table that later choices use.
+Inputs are random; the second-level cache is emptied between calls. `--tune` also fills the table that later
+choices use.
 """
 
 from __future__ import annotations
