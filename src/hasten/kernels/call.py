@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from hasten.kernels.activations import Activations
-from hasten.kernels.hadamard import rotate
+from hasten.kernels.prepared import prepare
 from hasten.kernels.weight import QuantizedWeight, Scales
 
 
@@ -34,6 +34,8 @@ class Product:
     """[ranks, inputs]"""
     up: torch.Tensor | None = None
     """[outputs, ranks]"""
+    rank_scale: torch.Tensor | None = None
+    """[ranks]: factors between `down` and `up`."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -58,12 +60,11 @@ class Product:
 
     def prepared(self) -> torch.Tensor:
         """The input after smoothing and rotation, in its own type."""
-        x = self.x if self.smooth is None else self.x / self.smooth.to(self.x.dtype)
-        return x if self.rotation == 1 else rotate(x, self.rotation)
+        return prepare(self.x, self.smooth, self.rotation)
 
     def plain(self) -> Product:
         """The same with the input prepared, and without side branch."""
-        return replace(self, x=self.prepared(), smooth=None, rotation=1, down=None, up=None)
+        return replace(self, x=self.prepared(), smooth=None, rotation=1, down=None, up=None, rank_scale=None)
 
     def with_side(self, found: torch.Tensor) -> torch.Tensor:
         """Add the side branch to the rest of the product."""
@@ -72,9 +73,10 @@ class Product:
         return found + F.linear(self.ranks(), self.up.to(self.x.dtype))
 
     def ranks(self) -> torch.Tensor:
-        """The first half of the side branch, [tokens, ranks]."""
+        """The first half of the side branch, scaled: [tokens, ranks]."""
         assert self.down is not None
-        return F.linear(self.x, self.down.to(self.x.dtype))
+        found = F.linear(self.x, self.down.to(self.x.dtype))
+        return found if self.rank_scale is None else found * self.rank_scale.to(found.dtype)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,11 @@ def _takes_groups(product: Product) -> bool:
     return (whole or pair) and product.is_matrix and product.group % 32 == 0 and _rotates(product)
 
 
+def _takes_large_groups(product: Product) -> bool:
+    """Minimums need sums of the tokens as well, for which large tiles leave no registers."""
+    return _takes_groups(product) and product.weight.minimum is None
+
+
 def _rotates(product: Product) -> bool:
     return product.rotation == 1 or product.rotation >= 16
 
@@ -139,7 +144,7 @@ def _scaled(product: Product) -> torch.Tensor:
 def _rounded(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
     from hasten.kernels.triton import launch
 
-    plain = product if _rotates(product) else replace(product.plain(), down=product.down, up=product.up)
+    plain = product if _rotates(product) else replace(product, x=product.prepared(), smooth=None, rotation=1)
     return launch.round_tokens(plain)
 
 
@@ -172,7 +177,8 @@ def kernels() -> list[Kernel]:
         *_tiles("codes widened on the way", _takes_widening, _widening, _LITTLE),
         Kernel("float8 rows (cuBLAS)", _takes_scaled, _scaled),
         *_tiles("8-bit rows", _takes_rows, _rows, _LARGE),
-        *_tiles("8-bit tokens and groups", _takes_groups, _groups, [[128, 64, 64, 4, 3], [_ANY, 128, 128, 8, 3]]),
+        *_tiles("8-bit tokens and groups", _takes_large_groups, _groups, [[128, 64, 64, 4, 3], [_ANY, 128, 128, 8, 3]]),
+        *_tiles("8-bit tokens and groups with minimum", _takes_groups, _groups, [[_ANY, 64, 64, 4, 3]]),
         Kernel("weight widened first (Triton)", _takes_first, _widened),
     ]
 

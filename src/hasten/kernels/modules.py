@@ -125,13 +125,10 @@ class Quantized(nn.Module):
             return self._in_parts(x)
         tensors = [self._buffers[name] for name in TENSORS]
         facts = (self.shape, self.number, self.columns, self.activations)
-        up = self.up
-        if up is not None and self.rank_scale is not None:
-            up = up * self.rank_scale.to(up.dtype)
         # All in one operator, so that a kernel can do the rest on the way.
         return operate(
             x, tensors, self.bias, self.input_scale, *facts,
-            smooth=self.smooth, rotation=self.rotation, down=self.down, up=up,
+            smooth=self.smooth, rotation=self.rotation, down=self.down, up=self.up, rank_scale=self.rank_scale,
         )  # fmt: skip
 
     def _in_parts(self, x: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,7 @@ def _operator(
     smooth: torch.Tensor | None,
     down: torch.Tensor | None,
     up: torch.Tensor | None,
+    rank_scale: torch.Tensor | None,
     shape: list[int],
     number: str,
     columns: int,
@@ -98,14 +99,14 @@ def _operator(
     tensors = [codes, scale, scale_coarse, scale_table, scale_offset, minimum, minimum_coarse, minimum_table]
     weight = _weight_of(shape, number, columns, [*tensors, minimum_offset, zero, table])
     rounding = cast(Activations, activations)
-    product = Product(x, weight, bias, rounding, input_scale, smooth, rotation, down, up)
+    product = Product(x, weight, bias, rounding, input_scale, smooth, rotation, down, up, rank_scale)
     kernel = choose(product)
     for counter in _counts:
         counter[kernel.name] += 1
     return kernel.run(product)
 
 
-_SHAPE, _ROTATION = 17, 21
+_SHAPE, _ROTATION = 18, 22
 """Places of arguments of the operator."""
 
 
@@ -118,24 +119,26 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, down, up = inputs[0], inputs[15], inputs[16]
     # The input is needed for nothing but the gradients of a side branch.
     kept = x if down is not None and (down.requires_grad or up.requires_grad) else None
-    ctx.save_for_backward(*inputs[1:12], inputs[14], down, up, kept)
+    ctx.save_for_backward(*inputs[1:12], inputs[14], down, up, inputs[17], kept)
     ctx.facts, ctx.rotation = inputs[_SHAPE : _SHAPE + 3], inputs[_ROTATION]
 
 
 def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The weight is constant, and rounding of activations passes gradients through."""
-    *tensors, smooth, down, up, x = ctx.saved_tensors
-    weight = _weight_of(*ctx.facts, tensors)
+    *tensors, smooth, down, up, rank_scale, x = ctx.saved_tensors
+    shape, number, columns = ctx.facts
+    weight = _weight_of(shape, number, columns, tensors)
     to_x = grad @ weight.dequantize(grad.dtype).reshape(weight.shape[0], -1)
     to_x = to_x if ctx.rotation == 1 else rotate(to_x, ctx.rotation)
     to_x = to_x if smooth is None else to_x / smooth.to(grad.dtype)
     bias = grad.sum(0) if ctx.needs_input_grad[12] else None
     if down is None:
-        return (to_x, *[None] * 11, bias, *[None] * 9)
-    ranks = grad @ up.to(grad.dtype)
+        return (to_x, *[None] * 11, bias, *[None] * 10)
+    by = 1 if rank_scale is None else rank_scale.to(grad.dtype)
+    ranks = grad @ up.to(grad.dtype) * by
     to_down = (ranks.t() @ x).to(down.dtype) if x is not None else None
-    to_up = (grad.t() @ (x @ down.to(x.dtype).t())).to(up.dtype) if x is not None else None
-    return (to_x + ranks @ down.to(grad.dtype), *[None] * 11, bias, None, None, to_down, to_up, *[None] * 5)
+    to_up = (grad.t() @ (x @ down.to(x.dtype).t() * by)).to(up.dtype) if x is not None else None
+    return (to_x + ranks @ down.to(grad.dtype), *[None] * 11, bias, None, None, to_down, to_up, *[None] * 6)
 
 
 _operator.register_autograd(_gradient, setup_context=_remember)
@@ -159,7 +162,8 @@ def multiply(product: Product) -> torch.Tensor:
     parts = [tensors.get(name) for name in TENSORS]
     return operate(
         product.x, parts, product.bias, product.input_scale, *facts,
-        smooth=product.smooth, rotation=product.rotation, down=product.down, up=product.up,
+        smooth=product.smooth, rotation=product.rotation,
+        down=product.down, up=product.up, rank_scale=product.rank_scale,
     )  # fmt: skip
 
 
@@ -177,11 +181,12 @@ def operate(
     rotation: int = 1,
     down: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
+    rank_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same with the weight in the parts that `TENSORS` names; a single node in compiled graphs."""
     flat = x.reshape(-1, x.shape[-1])
     facts = (list(shape), number, columns, activations, rotation)
-    found = _operator(flat, *tensors, bias, input_scale, smooth, down, up, *facts)  # pyright: ignore
+    found = _operator(flat, *tensors, bias, input_scale, smooth, down, up, rank_scale, *facts)  # pyright: ignore
     return cast(torch.Tensor, found).reshape(*x.shape[:-1], shape[0])
 
 

@@ -2,6 +2,7 @@
 
 from hasten.quantize.awq import AWQ
 from hasten.quantize.bits_and_bytes import BitsAndBytes
+from hasten.quantize.diagnosis import diagnose as diagnose
 from hasten.quantize.float8_linear import Float8Linear
 from hasten.quantize.gguf import GGUF
 from hasten.quantize.gptq import GPTQ

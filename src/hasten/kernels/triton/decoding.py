@@ -14,26 +14,27 @@ def plane(rows, start, BITS: tl.constexpr, WIDTH: tl.constexpr):
     """WIDTH codes from column `start` of one plane, uint8 [rows, WIDTH]; `rows` points to the plane in each row."""
     packed = tl.load(rows + start * BITS // 8 + tl.arange(0, WIDTH * BITS // 8)[None, :])
     if BITS == 4:
-        return tl.interleave(packed & 15, packed >> 4)
-    if BITS == 2:
+        found = tl.interleave(packed & 15, packed >> 4)
+    elif BITS == 2:
         even = tl.interleave(packed & 3, packed >> 4 & 3)
-        return tl.interleave(even, tl.interleave(packed >> 2 & 3, packed >> 6))
-    if BITS == 1:
+        found = tl.interleave(even, tl.interleave(packed >> 2 & 3, packed >> 6))
+    elif BITS == 1:
         first = tl.interleave(packed & 1, packed >> 4 & 1)
         third = tl.interleave(packed >> 2 & 1, packed >> 6 & 1)
         second = tl.interleave(packed >> 1 & 1, packed >> 5 & 1)
         fourth = tl.interleave(packed >> 3 & 1, packed >> 7)
-        return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
-    return packed
+        found = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+    else:
+        found = packed
+    return found
 
 
 @triton.jit
 def stored(codes, n, k, K, BITS: tl.constexpr, WIDTH: tl.constexpr):
     """Codes as they are stored, [rows, WIDTH], of the rows `n` from column `k` on."""
     rows = codes + (n.to(tl.int64) * (K * BITS // 8))[:, None]
-    if BITS == 8:
-        return plane(rows, k, 8, WIDTH)
-    found = plane(rows, k, 4 if BITS >= 4 else (2 if BITS >= 2 else 1), WIDTH)
+    FIRST: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else (2 if BITS >= 2 else 1))
+    found = plane(rows, k, FIRST, WIDTH)
     if BITS == 6 or BITS == 7:
         found = found | (plane(rows + K // 2, k, 2, WIDTH) << 4)
     if BITS == 3 or BITS == 5 or BITS == 7:
@@ -57,11 +58,13 @@ def factors(values, coarse, table, offset, n, k, row, size, coarse_row, coarse_s
 @triton.jit
 def widen(values, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, COUNT] by group to [rows, WIDTH] by column; a single group stays [rows, 1]."""
-    if COUNT == 1:
-        return values
-    ROWS: tl.constexpr = values.shape[0]
-    repeated = tl.broadcast_to(values[:, :, None], (ROWS, COUNT, WIDTH // COUNT))
-    return tl.reshape(repeated, (ROWS, WIDTH))
+    if COUNT > 1:
+        ROWS: tl.constexpr = values.shape[0]
+        repeated = tl.broadcast_to(values[:, :, None], (ROWS, COUNT, WIDTH // COUNT))
+        found = tl.reshape(repeated, (ROWS, WIDTH))
+    else:
+        found = values
+    return found
 
 
 @triton.jit

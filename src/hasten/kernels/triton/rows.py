@@ -14,10 +14,12 @@ def eight_bits(values, scale, FLOAT: tl.constexpr):
     """Divide by the scale and round to the nearest number of 8 bits; a tie goes to the even one."""
     found = values / scale
     if FLOAT:
-        return tl.minimum(tl.maximum(found, -448.0), 448.0).to(tl.float8e4nv)
-    # Adding 1.5 * 2**23 leaves no bits for fractions: rounds to nearest even without a library.
-    found = (found + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(found, -127.0), 127.0).to(tl.int8)
+        codes = tl.minimum(tl.maximum(found, -448.0), 448.0).to(tl.float8e4nv)
+    else:
+        # Adding 1.5 * 2**23 leaves no bits for fractions: rounds to nearest even without a library.
+        found = (found + 12582912.0) - 12582912.0
+        codes = tl.minimum(tl.maximum(found, -127.0), 127.0).to(tl.int8)
+    return codes
 
 
 @triton.jit
