@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from hasten.core.target import Target
 from hasten.quantize.engine.adapter_layers import adaptable
 from hasten.quantize.engine.ranks import sizes
-from hasten.core.target import Target
 from tests.contract.rigs import Rig
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_in", "conv1")

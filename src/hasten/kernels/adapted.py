@@ -17,6 +17,7 @@ class AdaptedLinear(nn.Linear):
     It is a `Linear` without parameters of its own, so that PEFT can stand around it as well.
     """
 
+    base_layer: Any
     down: torch.Tensor
     up: torch.Tensor
     rank_scale: torch.Tensor
@@ -44,6 +45,7 @@ class AdaptedLinear(nn.Linear):
 class AdaptedConv2d(nn.Conv2d):
     """A convolution (`base_layer`) and a side branch: the same convolution to few channels, then a 1 x 1 one."""
 
+    base_layer: Any
     down: torch.Tensor
     """[ranks, inputs * height * width]"""
     up: torch.Tensor
