@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from hasten.core.recipe import Recipe
 from hasten.core.workload import Workload
 from hasten.measure.environment import environment
 from hasten.measure.rendering import render
+from hasten.models import bundled
 from hasten.search.finetune import finetune
 from hasten.search.finetune.recover import Training
 
 HERE = Path(__file__).parent
 PROMPTS = HERE.parent / "caching" / "prompts.json"
 HELD_OUT = 8
+STYLES = ("noto", "blob", "twemoji", "emojione", "fluent", "flat")
 FOUR, EIGHT = "WeightOnly(bits=4, group=64)", "Int8Linear()"
 
 
@@ -53,11 +56,12 @@ def recover(model: str, methods: list[str], training: Training, folder: Path) ->
     """All rows of one model."""
     loaded = hasten.load(model)
     pipeline, known = loaded.pipeline, json.loads(PROMPTS.read_text("utf-8"))["models"][model]["evaluation"]
-    held_out, taught = known[:HELD_OUT], known[HELD_OUT:]
+    held_out = known[:HELD_OUT]
+    taught = to_learn_from(model, {prompt.partition(",")[0] for prompt, _ in held_out})
     print(f"{model}: {len(taught)} prompts to train with, {len(held_out)} held out", flush=True)
     plain = pictures(pipeline, Recipe(), loaded.workload, held_out)
     rows = [row(name, pictures(pipeline, name, loaded.workload, held_out), plain) for name in (EIGHT, FOUR)]
-    work = loaded.workload.replace(prompts=tuple(prompt for prompt, _ in taught))
+    work = loaded.workload.replace(prompts=tuple(taught))
     for method in methods:
         began = time.process_time()
         made = finetune(
@@ -76,7 +80,17 @@ def recover(model: str, methods: list[str], training: Training, folder: Path) ->
                              **shares(rows[0], rows[1], found)})  # fmt: skip
         print({k: v for k, v in rows[-1].items() if k not in ("psnr_each",)}, flush=True)
     return {"model": model, "quantized": FOUR, "held_out": held_out, "training": vars(training),
-            "threads": torch.get_num_threads(), "environment": environment(), "rows": rows}  # fmt: skip
+            "threads": torch.get_num_threads(), "environment": environment(torch.device("cpu")), "rows": rows}  # fmt: skip
+
+
+def to_learn_from(model: str, held_out: set[str]) -> list[str]:
+    """Prompts with names that are not held out, in an order that is the same on every run; styles take turns."""
+    labels = json.loads((bundled()["emoji-dit"] / "model_index.json").read_text("utf-8"))["id2label"]
+    names = sorted(set(labels.values()) - held_out)
+    random.Random(1).shuffle(names)
+    return (
+        names if model == "emoji-dit" else [f"{name}, {STYLES[n % len(STYLES)]} style" for n, name in enumerate(names)]
+    )
 
 
 def shares(eight: dict[str, Any], four: dict[str, Any], tuned: dict[str, Any]) -> dict[str, float]:
