@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hasten.models import load as load
     from hasten.quantize import *  # noqa: F403
     from hasten.quantize.lora import adapters as adapters
+    from hasten.search.finetune import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _HOMES = {
     "measure.comparison": ("Comparison",),
     "models": ("load",),
     "quantize.lora": ("adapters",),
+    "search.finetune": ("finetune",),
 }
 _HOME_OF = {name: f"hasten.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -203,7 +203,7 @@ def _train(
                 trainable.before_step()
                 loss = _loss(networks[example.denoiser], example)
                 _step(steps, loss, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2)
-                result.losses.append(float(loss))
+                result.losses.append(float(loss.detach()))
                 progress.advance()
     except KeyboardInterrupt:
         if not result.losses:
