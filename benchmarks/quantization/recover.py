@@ -27,7 +27,7 @@ from hasten.measure.environment import environment
 from hasten.measure.rendering import render
 from hasten.models import bundled
 from hasten.search.finetune import finetune
-from hasten.search.finetune.recover import Training
+from hasten.search.finetune.recover import Method, Training
 
 HERE = Path(__file__).parent
 PROMPTS = HERE.parent / "caching" / "prompts.json"
@@ -52,7 +52,7 @@ def row(name: str, found: list[np.ndarray], plain: list[np.ndarray]) -> dict[str
     return {**made, "psnr_each": [round(one, 2) for one in decibels]}
 
 
-def recover(model: str, methods: list[str], training: Training, folder: Path) -> dict[str, Any]:
+def recover(model: str, methods: list[Method], training: Training, folder: Path) -> dict[str, Any]:
     """All rows of one model."""
     loaded = hasten.load(model)
     pipeline, known = loaded.pipeline, json.loads(PROMPTS.read_text("utf-8"))["models"][model]["evaluation"]
@@ -66,7 +66,7 @@ def recover(model: str, methods: list[str], training: Training, folder: Path) ->
         began = time.process_time()
         made = finetune(
             pipeline, FOUR, folder / f"{model}-{method}.safetensors", method=method, workload=work, training=training
-        )  # pyright: ignore[reportArgumentType]
+        )
         spent = time.process_time() - began
         before = {name: p.detach().clone() for name, p in denoiser(pipeline).named_parameters()}
         if method == "qat":
@@ -79,8 +79,9 @@ def recover(model: str, methods: list[str], training: Training, folder: Path) ->
                              "loss_before": made.loss_before, "loss_after": made.loss_after,
                              **shares(rows[0], rows[1], found)})  # fmt: skip
         print({k: v for k, v in rows[-1].items() if k not in ("psnr_each",)}, flush=True)
-    return {"model": model, "quantized": FOUR, "held_out": held_out, "training": vars(training),
-            "threads": torch.get_num_threads(), "environment": environment(torch.device("cpu")), "rows": rows}  # fmt: skip
+    facts = environment(torch.device("cpu"))
+    return {"model": model, "quantized": FOUR, "held_out": held_out, "training": vars(training), "environment": facts,
+            "rows": rows}  # fmt: skip
 
 
 def to_learn_from(model: str, held_out: set[str]) -> list[str]:
