@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from hasten.compilation.compiler import CompileCounter
 from hasten.core.errors import HastenError, NotEngaged, Refused, UnknownName
 from hasten.core.technique import Technique
 from hasten.kernels.modules import LowRank, Quantized, QuantizedLinear
-from hasten.kernels.rounding import quantize_integer
+from hasten.kernels.rounding import quantize_float8, quantize_integer, quantize_table
+from hasten.kernels.weight import QuantizedWeight
 from hasten.memory import Offload
 from hasten.quantize import Int8Linear, LoRA, WeightOnly
 from tests.contract.rigs import Rig, make, plain_output
@@ -111,13 +112,22 @@ def test_changes_while_the_session_is_open_compile_nothing(quantizer: Technique 
         assert counter.graphs == graphs
 
 
-def test_the_own_low_rank_of_a_layer_stays_in_front(tmp_path: Path) -> None:
+KINDS: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {
+    "int4": lambda weight: quantize_integer(weight, 4, 8),
+    "int8": lambda weight: quantize_integer(weight, 8),
+    "float8": quantize_float8,
+    "table": lambda weight: quantize_table(weight, torch.linspace(-1, 1, 16), 4, 8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_own_low_rank_of_a_layer_stays_in_front(kind: str) -> None:
     from hasten.core.patch import Patch
     from hasten.quantize.engine.ranks import make_room
 
     torch.manual_seed(0)
     own = LowRank(torch.randn(3, 16), torch.randn(24, 3))
-    layer = QuantizedLinear(quantize_integer(torch.randn(24, 16), 4, 8), torch.randn(24), low_rank=own)
+    layer = QuantizedLinear(KINDS[kind](torch.randn(24, 16)), torch.randn(24), low_rank=own)
     parent, x = torch.nn.Sequential(layer), torch.randn(5, 16)
     plain, patch = parent(x), Patch({}, lambda: pytest.fail("no clock"))
     room = make_room(parent, "0", 16, torch.float32, patch)
