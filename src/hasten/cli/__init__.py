@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hasten.cli import calibrate, compare, convert, doctor, generate, inspect, plan, quantize, techniques
+from hasten.cli import calibrate, compare, convert, doctor, finetune, generate, inspect, plan, quantize, techniques
 
 app = typer.Typer(
     name="hasten",
@@ -23,6 +23,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("convert")(convert.convert)
 app.command("verify")(convert.verify)
 app.command("quantize")(quantize.quantize)
+app.command("finetune")(finetune.finetune)
 app.command("doctor")(doctor.doctor)
 
 

@@ -15,4 +15,18 @@ from hasten.quantize.smooth_quant import SmoothQuant
 from hasten.quantize.svd_quant import SVDQuant
 from hasten.quantize.weight_only import WeightOnly
 
-__all__ = ["AWQ", "BitsAndBytes", "Float8Linear", "GGUF", "GPTQ", "HadamardRotation", "Int4Linear", "Int8Linear", "LoRA", "MixedPrecision", "SVDQuant", "SmoothQuant", "WeightOnly"]
+__all__ = [
+    "AWQ",
+    "BitsAndBytes",
+    "Float8Linear",
+    "GGUF",
+    "GPTQ",
+    "HadamardRotation",
+    "Int4Linear",
+    "Int8Linear",
+    "LoRA",
+    "MixedPrecision",
+    "SVDQuant",
+    "SmoothQuant",
+    "WeightOnly",
+]
