@@ -17,10 +17,10 @@ from hasten.quantize.weight_only import WeightOnly
 
 __all__ = [
     "AWQ",
-    "BitsAndBytes",
-    "Float8Linear",
     "GGUF",
     "GPTQ",
+    "BitsAndBytes",
+    "Float8Linear",
     "HadamardRotation",
     "Int4Linear",
     "Int8Linear",
