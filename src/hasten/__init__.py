@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hasten.measure.comparison import Comparison as Comparison
     from hasten.quantize import *  # noqa: F403
     from hasten.quantize.lora import adapters as adapters
+    from hasten.search.finetune import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _HOMES = {
     "measure.compare": ("compare",),
     "measure.comparison": ("Comparison",),
     "quantize.lora": ("adapters",),
+    "search.finetune": ("finetune",),
 }
 _HOME_OF = {name: f"hasten.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -96,10 +96,11 @@ def test_every_denoiser_is_recognized_by_the_names_of_diffusers() -> None:
 
 
 def test_names_of_the_vae() -> None:
-    model = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16), norm_num_groups=4, layers_per_block=2,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 16), "norm_num_groups": 4, "layers_per_block": 2,
+    }  # fmt: skip
+    model = diffusers.AutoencoderKL(**settings)
     ours = tensors(model)
     theirs = plain(in_scheme(Held(ours), "original"))
     assert theirs["decoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)

@@ -120,7 +120,7 @@ def awq(base: str, rows: int, columns: int, groups: int) -> dict[str, torch.Tens
     used = (torch.arange(groups) < columns // 64).bfloat16()[:, None]  # the rest fills a kernel's step up with zeros
     return {
         f"{base}.qweight": torch.randint(-(2**31), 2**31, (rows // 4, columns // 2), dtype=torch.int32),
-        f"{base}.wscales": half(groups, rows) * used, f"{base}.wzeros": (half(groups, rows) - 2) * used,
+        f"{base}.wscales": half(groups, rows) * used, f"{base}.wzeros": (half(groups, rows) - 2) * used + 0.0,
         f"{base}.bias": half(rows),
     }  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_modulations_come_out_part_by_part_and_without_the_ones(tmp_path: Path) 
         stored = 6 * row + part
         scale, zero = (tensors[f"norm1.linear.{key}"][0, stored].float() for key in ("wscales", "wzeros"))
         assert torch.equal(found[64 * part + row], codes[stored].float() * scale + zero)
-        assert bias[64 * part + row] == tensors["norm1.linear.bias"][stored].float() - (part in (1, 4))
+        assert bias[64 * part + row] == tensors["norm1.linear.bias"][stored].float() - int(part in (1, 4))
     assert torch.equal(values(entries["embed.weight"])[:, 0], packing.unpack_awq(tensors["embed.qweight"])[:, 0].float()
         * tensors["embed.wscales"][0].float() + tensors["embed.wzeros"][0].float())  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.quantizers.bfl import utils as bfl_utils
 
 from hasten.formats.bfl import BFL, ModelOpt
 from hasten.formats.format import Entry
@@ -14,7 +15,7 @@ from hasten.formats.fp4 import E2M1, e2m1_codes, quantize_mxfp8, quantize_nvfp4
 from hasten.formats.fp8_scaled import Fp8Scaled
 from hasten.kernels.modules import Input
 from hasten.kernels.weight import QuantizedWeight
-from tests.formats.help import round_trip, values, written
+from tests.formats.help import round_trip, same_tensors, values, written
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -126,6 +127,17 @@ def test_nvfp4_rounds_like_the_loops_of_its_definition() -> None:
         scale = (part.abs().max() / 6 / torch.tensor(whole)).to(E4M3).float() * torch.tensor(whole)
         nearest = E2M1[(part[:, None] / scale - E2M1[None]).abs().argmin(1)] * scale
         assert torch.allclose(found.dequantize()[row, 16 * block : 16 * block + 16], nearest, atol=1e-6)
+
+
+def test_bfl_files_are_what_diffusers_quantizer_makes() -> None:
+    weight = torch.randn(32, 64, dtype=torch.bfloat16)
+    made = BFL().encode("b.0.a.weight", BFL().quantize("b.0.a.weight", weight, "nvfp4"))
+    codes, blocks, whole = bfl_utils.quantize_nvfp4(weight)
+    theirs = {"b.0.a.weight": codes, "b.0.a.weight_scale": blocks, "b.0.a.weight_scale_2": whole}
+    same_tensors(made, theirs)
+    made = BFL().encode("b.0.a.weight", BFL().quantize("b.0.a.weight", weight, "fp8r"))
+    codes, rows = bfl_utils.quantize_fp8r(weight)
+    same_tensors(made, {"b.0.a.weight": codes, "b.0.a.weight_scale": rows})
 
 
 def test_e2m1_ties_go_to_even_codes() -> None:

@@ -1,8 +1,8 @@
-"""Adapters on plain and quantized layers: PEFT's results, exchanged without compiling, and taken off without a trace."""
+"""Adapters on plain and quantized layers: as PEFT computes, exchanged without compiling, and taken off again."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ from hasten.compilation.compiler import CompileCounter
 from hasten.core.errors import HastenError, NotEngaged, Refused, UnknownName
 from hasten.core.technique import Technique
 from hasten.kernels.modules import LowRank, Quantized, QuantizedLinear
-from hasten.kernels.rounding import quantize_integer
+from hasten.kernels.rounding import quantize_float8, quantize_integer, quantize_table
+from hasten.kernels.weight import QuantizedWeight
 from hasten.memory import Offload
 from hasten.quantize import Int8Linear, LoRA, WeightOnly
 from tests.contract.rigs import Rig, make, plain_output
 from tests.quantize.lora_files import matrices, peft_file, with_peft
 
-CLOSE = {"atol": 1e-4, "rtol": 1e-3}
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to rounding."""
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +57,7 @@ def test_on_plain_layers_as_peft_computes(architecture: str, tmp_path: Path) -> 
     expected = with_peft(with_peft(make(architecture), one, 0.7), two, -0.4, "second").run()
     technique = LoRA(adapters=files, scales=(0.7, -0.4))
     with rig.accelerated(technique) as session:
-        torch.testing.assert_close(rig.run(), expected, **CLOSE)
+        close(rig.run(), expected)
         words = technique.engaged(session).summary
     assert words.startswith("one (rank 4, scale 0.7) and two (rank 7, scale -0.4) in 11 of 16 ranks")
     assert not torch.allclose(expected, plain_output(architecture), atol=1e-2)
@@ -69,7 +73,7 @@ def test_on_quantized_layers(architecture: str, quantizer: Technique, tmp_path: 
     file = peft_file(tmp_path / "style.safetensors", pairs, prefix=prefix, alpha=2.0)
     expected = with_peft(dequantized(architecture, quantizer), pairs, 0.5).run()
     with rig.accelerated(quantizer, LoRA(adapters=(file,))) as session:
-        torch.testing.assert_close(rig.run(), expected, **CLOSE)
+        close(rig.run(), expected)
         session.evidence()
     assert torch.equal(rig.run(), plain_output(architecture))
 
@@ -91,38 +95,47 @@ def test_changes_while_the_session_is_open_compile_nothing(quantizer: Technique 
     lora = LoRA(adapters=(first,), ranks=30, layers=("transformer.*.ff.net.2",))
     with rig.accelerated(*recipe, lora) as session:
         found = hasten.adapters(session)
-        torch.testing.assert_close(rig.run(steps=2), peft(one, 1.0), **CLOSE)
+        close(rig.run(steps=2), peft(one, 1.0))
         counter = session.state(recipe[0], CompileCounter)
         graphs = counter.graphs
         found.set_scale("one", 0.3)
-        torch.testing.assert_close(rig.run(steps=2), peft(one, 0.3), **CLOSE)
+        close(rig.run(steps=2), peft(one, 0.3))
         found.swap("one", second, scale=1.0)
-        torch.testing.assert_close(rig.run(steps=2), peft(two, 1.0), **CLOSE)
+        close(rig.run(steps=2), peft(two, 1.0))
         found.unload("one")
         without = rig.run(steps=2)
-        torch.testing.assert_close(without, base.run(steps=2), **CLOSE)
+        close(without, base.run(steps=2))
         assert found.load(first) == "one"
         assert found.load(first, scale=-1.0) == "one-2"
-        torch.testing.assert_close(rig.run(steps=2), without, **CLOSE)
+        close(rig.run(steps=2), without)
         assert (found.names, found.free) == (("one", "one-2"), 32 - 8)
         assert counter.graphs == graphs
 
 
-def test_the_own_low_rank_of_a_layer_stays_in_front(tmp_path: Path) -> None:
+KINDS: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {
+    "int4": lambda weight: quantize_integer(weight, 4, 8),
+    "int8": lambda weight: quantize_integer(weight, 8),
+    "float8": quantize_float8,
+    "table": lambda weight: quantize_table(weight, torch.linspace(-1, 1, 16), 4, 8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_own_low_rank_of_a_layer_stays_in_front(kind: str) -> None:
     from hasten.core.patch import Patch
     from hasten.quantize.engine.ranks import make_room
 
     torch.manual_seed(0)
     own = LowRank(torch.randn(3, 16), torch.randn(24, 3))
-    layer = QuantizedLinear(quantize_integer(torch.randn(24, 16), 4, 8), torch.randn(24), low_rank=own)
+    layer = QuantizedLinear(KINDS[kind](torch.randn(24, 16)), torch.randn(24), low_rank=own)
     parent, x = torch.nn.Sequential(layer), torch.randn(5, 16)
     plain, patch = parent(x), Patch({}, lambda: pytest.fail("no clock"))
     room = make_room(parent, "0", 16, torch.float32, patch)
-    torch.testing.assert_close(parent(x), plain)
+    close(parent(x), plain)
     down, up = torch.randn(2, 16), torch.randn(24, 2)
     room.write(torch.tensor([1, 5]), down, up, 0.5)
-    torch.testing.assert_close(parent(x), plain + 0.5 * x @ down.T @ up.T, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(x @ layer.effective().T + layer.bias, parent(x), atol=1e-4, rtol=1e-4)
+    close(parent(x), plain + 0.5 * x @ down.T @ up.T)
+    close(x @ layer.effective().T + torch.as_tensor(layer.bias), parent(x))
     assert torch.equal(layer.down[:3], own.down)  # pyright: ignore
     patch.close()
     assert layer.down is own.down
@@ -151,8 +164,8 @@ def test_with_fused_projections_and_peft_and_offloading(tmp_path: Path) -> None:
     with_peft(rig, more, 1.0, "second")
     alone = rig.run()
     with rig.accelerated(LoRA(adapters=(file,)), FusedQKV(), Offload(device="cpu")):
-        torch.testing.assert_close(rig.run(), expected, **CLOSE)
-    torch.testing.assert_close(rig.run(), alone, **CLOSE)
+        close(rig.run(), expected)
+    close(rig.run(), alone)
 
 
 def test_scales_are_set_while_weights_are_away(tmp_path: Path) -> None:
@@ -163,7 +176,7 @@ def test_scales_are_set_while_weights_are_away(tmp_path: Path) -> None:
     with rig.accelerated(LoRA(adapters=(file,)), Offload(device="cpu")) as session:
         rig.run(steps=1)
         hasten.adapters(session).set_scale("style", 0.25)
-        torch.testing.assert_close(rig.run(), expected, **CLOSE)
+        close(rig.run(), expected)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:

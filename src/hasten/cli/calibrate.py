@@ -94,11 +94,29 @@ def _statistics(job: Job, purpose: str) -> None:
     out.print(f"Use it with -r 'SVDQuant({given})', or GPTQ, AWQ, SmoothQuant.", highlight=False, soft_wrap=True)
 
 
+def _precision(job: Job, purpose: str) -> None:
+    from hasten.measure.progress import OnTerminal
+    from hasten.search.quantization.sensitivity import agreement, measure_gains
+
+    with OnTerminal(out) as progress:
+        file, found = measure_gains(job.model, job.workload, file=job.file, progress=progress)
+    told = agreement(found)
+    out.print(f"{told['layers']} layers were tried: {file}", highlight=False, soft_wrap=True)
+    out.print(
+        f"What statistics foretell and what was measured rank layers alike to {told['rank_correlation']:.2f}; "
+        f"most sensitive: {', '.join(told['most_sensitive'])}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    given = f'plan="{file}"' if job.file else ""
+    out.print(f"Use it with -r 'MixedPrecision({given})'", highlight=False, soft_wrap=True)
+
+
 PURPOSES: dict[str, Callable[[Job, str], None]] = {
     "plan": _plan,
     "teacache": _signals,
     "magcache": _signals,
     "statistics": _statistics,
+    "precision": _precision,
 }
 """What can be calibrated, and what does it. Progress and results go to the terminal."""
 
@@ -139,7 +157,7 @@ def calibrate(
         raise UnknownName("purpose of calibration", purpose, PURPOSES)
     if file is not None:
         ensure_writable(file.parent)
-    elif purpose != "statistics":
+    elif purpose not in ("statistics", "precision"):
         raise HastenError("Say with -o FILE where the result goes.")
     quiet()
     loaded = load(model, device=device, dtype=dtype)

@@ -77,7 +77,7 @@ def convert(
         try:
             done = run(order, progress)
         except KeyboardInterrupt:
-            out.print("What has been coded is kept: the same command with --resume goes on.", soft_wrap=True)
+            out.print("What has been coded is kept; the same command with --resume goes on.", soft_wrap=True)
             raise
     out.print(_summary(done, order.source, order.target), highlight=False, markup=False, soft_wrap=True)
 

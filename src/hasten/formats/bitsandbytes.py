@@ -25,6 +25,7 @@ from hasten.kernels.weight import QuantizedWeight, Scales
 STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_LLM_INT8 = Input(activations="int8", threshold=6.0)
 _NESTED = ("nested_absmax", "nested_quant_map")
 _LARGEST_STATE = 4096
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -33,12 +34,15 @@ _DTYPES = ("float32", "float16", "bfloat16")
 class BitsAndBytes(TensorFormat):
     """4 bits: `weight` uint8 [elements / 2, 1], `weight.absmax`, `weight.quant_map`, and the state as JSON in bytes.
 
-    8 bits: `weight` int8, `SCB` float32 [outputs] (greatest magnitudes of the rows) and `weight_format`.
+    8 bits: `weight` int8, `SCB` float32 [outputs] (greatest magnitudes of the rows) and `weight_format`. Threshold and
+    type of products stand in the model's configuration, not in these files; read are the library's own threshold, 6,
+    and no type.
     """
 
     name: ClassVar[str] = "bitsandbytes"
     kinds: ClassVar[tuple[str, ...]] = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
     companions: ClassVar[int] = 6
+    holds_computation: ClassVar[bool] = True
 
     def claims(self, file: TensorFile) -> bool:
         """Files with such a state or such magnitudes."""
@@ -58,9 +62,12 @@ class BitsAndBytes(TensorFormat):
 
     def encodes(self, entry: Entry) -> bool:
         """What the library could have made."""
-        if entry.given != Input() or entry.low_rank is not None:
+        given = entry.given
+        if given.smooth is not None or given.rotation != 1 or given.scale is not None or entry.low_rank is not None:
             return False
-        return _is_eight_bit(coded(entry)) or _flat(coded(entry)) is not None
+        if _is_eight_bit(coded(entry)):
+            return given.activations in ("none", "int8")
+        return given.activations == "none" and _flat(coded(entry)) is not None
 
     def encode(self, name: str, entry: Entry) -> Mapping[str, torch.Tensor]:
         """The tensors of a layer."""
@@ -79,7 +86,7 @@ class BitsAndBytes(TensorFormat):
         if not is_linear(name, weight):
             return Entry(weight)
         if chosen(kind, self) == "int8":
-            return Entry(numbers.quantize_8bit(weight))
+            return Entry(numbers.quantize_8bit(weight), _LLM_INT8)
         codes = cast("numbers.Kind", kind.removesuffix("_double"))
         notes = {"dtype": str(weight.dtype).removeprefix("torch.")}
         return Entry(numbers.quantize_4bit(weight, codes, double=kind.endswith("_double")), notes=notes)
@@ -162,7 +169,8 @@ def _eight_bit_part(file: TensorFile, base: str) -> Part:
 
     def read() -> Entry:
         codes, absmax = file.tensor(f"{base}.weight"), file.tensor(f"{base}.SCB")
-        return Entry(numbers.eight_bit((rows, columns), codes, absmax.unsqueeze(1)), notes={"format": order in file})
+        weight = numbers.eight_bit((rows, columns), codes, absmax.unsqueeze(1))
+        return Entry(weight, _LLM_INT8, notes={"format": order in file})
 
     return Part((rows, columns), taken, read)
 

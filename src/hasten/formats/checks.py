@@ -17,6 +17,10 @@ from hasten.kernels.weight import QuantizedWeight, Scales
 
 FLOATS = ("F32", "BF16", "F16")
 _LARGEST_ROTATION = 1 << 16
+_WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+_SCALES = (*_WIDE, *_NARROW, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Types that scales and zeros may have."""
 
 
 def expect(
@@ -50,6 +54,10 @@ def check_entry(entry: Entry, where: str) -> Entry:
     good = 0 < turn <= _LARGEST_ROTATION and turn & (turn - 1) == 0 and inputs % turn == 0
     _require(good, where, f"its inputs cannot be rotated in groups of {turn}")
     _require(given.scale is None or given.scale.numel() == 1, where, "it has several scales for one input")
+    beside = (given.smooth, given.scale, *((pair.down, pair.up) if pair else ()))
+    _require(
+        all(item is None or item.dtype in _WIDE for item in beside), where, "what its input needs is of a wrong type"
+    )
     if pair is not None:
         fitting = pair.down.ndim == pair.up.ndim == 2 and pair.down.shape == (pair.up.shape[1], inputs)
         _require(fitting and pair.up.shape[0] == outputs, where, "its side branch does not fit it")
@@ -72,7 +80,8 @@ def _check_weight(weight: QuantizedWeight, where: str) -> None:
         _check_grid(weight.zero, rows, columns, where)
     table = weight.table
     _require((table is not None) == (number.kind == "table"), where, "it lacks a table, or has one for nothing")
-    _require(table is None or table.shape == (1 << number.bits,), where, "its table has the wrong length")
+    fitting = table is None or (table.shape == (1 << number.bits,) and table.dtype in _WIDE)
+    _require(fitting, where, "its table has the wrong length or type")
 
 
 def _check_scales(scales: Scales, rows: int, columns: int, where: str) -> None:
@@ -82,12 +91,15 @@ def _check_scales(scales: Scales, rows: int, columns: int, where: str) -> None:
     coded = not scales.codes.is_floating_point()
     if scales.table is not None:
         _require(coded and scales.codes.dtype == torch.uint8, where, "its scales have a table and are no bytes")
-        _require(scales.table.shape == (256,), where, "the table of its scales has the wrong length")
-    _require(scales.offset is None or scales.offset.numel() == 1, where, "its scales have several offsets")
+        fitting = scales.table.shape == (256,) and scales.table.dtype in _WIDE
+        _require(fitting, where, "the table of its scales has the wrong length or type")
+    one = scales.offset is None or (scales.offset.numel() == 1 and scales.offset.dtype in _WIDE)
+    _require(one, where, "its scales have several offsets, or one of a wrong type")
 
 
 def _check_grid(values: torch.Tensor, rows: int, columns: int, where: str) -> None:
-    good = values.ndim == 2 and values.shape[0] in (1, rows) and values.shape[1] and not columns % values.shape[1]
+    grid = values.ndim == 2 and values.shape[0] in (1, rows) and values.shape[1] and not columns % values.shape[1]
+    good = grid and values.dtype in _SCALES
     _require(bool(good), where, f"scales or zeros of shape {list(values.shape)} do not divide {rows} x {columns}")
 
 

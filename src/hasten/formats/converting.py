@@ -182,8 +182,8 @@ def _metadata(opened: Opened, layout: Format, reader: Reader) -> dict[str, Any]:
 
 def _write(reader: Reader, job: _Job, metadata: Mapping[str, Any], progress: Progress) -> None:
     names = reader.names()
-    writer = job.layout.create(job.order.target, names, metadata)
     progress.start(len(names))
+    writer = job.layout.create(job.order.target, names, metadata)
     try:
         for name in names:
             writer.add(name, _made(name, reader, job))
@@ -191,6 +191,7 @@ def _write(reader: Reader, job: _Job, metadata: Mapping[str, Any], progress: Pro
         writer.finish()
     except BaseException:
         writer.abandon()
+        job.journal.leave()
         raise
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from hasten.formats.header import DTYPES, NAMES
 from hasten.formats.mapped import TensorFile
 from hasten.formats.scaled import Scaled
 from hasten.formats.streamed import bytes_of
-from hasten.formats.tensors import TensorReader, chosen, coded, is_linear
+from hasten.formats.tensors import Closing, TensorReader, chosen, coded, is_linear
 from hasten.kernels.modules import Input
 from hasten.kernels.rounding import quantize_float8
 
@@ -57,7 +57,7 @@ class Fp8Scaled(Scaled):
         rounded = entry.given.scale is not None and not full
         return coded(entry).scale.codes.numel() == 1 and entry.given.activations == ("float8" if rounded else "none")
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
         """The marker, as it was in the file that the layers came from, if they came from one."""
         noted: list[dict[str, Any] | None] = [notes["marker"] for notes in entries.values() if "marker" in notes]
         if entries and not noted:

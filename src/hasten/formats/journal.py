@@ -83,6 +83,12 @@ class Journal:
         part = self._known[name] = _Part(file, _sha256(path), anew)
         _append(self.folder / _LIST, {"name": name, **asdict(part)})
 
+    def leave(self) -> bool:
+        """Keep what there is for another time; False if there is nothing, of which nothing is left."""
+        if not self._known:
+            self.remove()
+        return bool(self._known)
+
     def remove(self) -> None:
         """Remove all of it."""
         self._close()

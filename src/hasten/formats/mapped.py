@@ -16,6 +16,8 @@ from hasten.formats.header import DTYPES, LARGEST_HEADER, Header, TensorInfo, re
 INDEX = ".safetensors.index.json"
 """How the name of the index of a checkpoint in several files ends."""
 _MOST_SHARDS = 1000
+_PAIR = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
+"""The two files that nunchaku's older checkpoints consist of."""
 _NO_RESERVE = 0x4000
 """Linux's MAP_NORESERVE: without it a copy-on-write mapping larger than the memory is refused."""
 
@@ -99,6 +101,8 @@ def _map(descriptor: int) -> mmap.mmap:
 
 def _parts(path: Path) -> Sequence[Path]:
     if path.is_dir():
+        if all((path / name).is_file() for name in _PAIR):
+            return [path / name for name in _PAIR]
         path = _in_folder(path)
     return _shards(path) if path.name.endswith(INDEX) else (path,)
 

@@ -9,7 +9,7 @@ weight what `Quantized.describe` gives. Reading it executes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,13 +17,14 @@ import torch
 from hasten.formats.format import BadFile, Entry
 from hasten.formats.header import strict_object
 from hasten.formats.mapped import TensorFile
-from hasten.formats.tensors import Part, TensorFormat, base_of, chosen, coded, is_linear
+from hasten.formats.tensors import Closing, Part, TensorFormat, base_of, chosen, coded, is_linear
 from hasten.kernels.modules import Input, LowRank
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.rounding import quantize_float8, quantize_integer
 from hasten.kernels.weight import TENSORS, QuantizedWeight
 
 VERSION = 1
+_COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SIDE = ("smooth", "input_scale", "down", "up")
 
 
@@ -33,6 +34,7 @@ class Own(TensorFormat):
     name: ClassVar[str] = "hasten"
     kinds: ClassVar[tuple[str, ...]] = ("int8", "int4", "float8")
     companions: ClassVar[int] = 6
+    holds_computation: ClassVar[bool] = True
 
     def claims(self, file: TensorFile) -> bool:
         """Files with a description under `hasten` in their metadata."""
@@ -62,11 +64,12 @@ class Own(TensorFormat):
         """What is written about an entry into the metadata."""
         weight, given = coded(entry), entry.given
         facts: dict[str, Any] = {"shape": list(weight.shape), "number": weight.number.name, "columns": weight.columns}
-        facts |= {"rotation": given.rotation, "activations": given.activations}
+        facts |= {"rotation": given.rotation, "activations": given.activations, "threshold": given.threshold}
+        facts["compute"] = given.compute and str(given.compute).removeprefix("torch.")
         notes = {key: value for key, value in entry.notes.items() if _is_json(value)}
         return facts | ({"notes": notes} if notes else {})
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
         """The description of all layers."""
         text = json.dumps({"version": VERSION, "layers": dict(entries)}, separators=(",", ":"))
         return {}, {"hasten": text}
@@ -91,7 +94,9 @@ def _part(file: TensorFile, name: str, facts: object) -> Part:
     number, shape = fields.get("number"), _sizes(fields.get("shape"))
     columns, rotation = _sizes([fields.get("columns")]), _sizes([fields.get("rotation")])
     activations = fields.get("activations")
+    threshold, compute = fields.get("threshold", 0.0), fields.get("compute")
     good = isinstance(number, str) and number in NUMBERS and isinstance(activations, str)
+    good = good and isinstance(threshold, float | int) and threshold >= 0 and compute in (None, *_COMPUTE)
     if not (good and shape and columns and rotation):
         raise BadFile(f"{file.path.name} describes {name[:200]!r} in a way that cannot be read.")
     base = base_of(name)
@@ -108,7 +113,10 @@ def _read(
 ) -> Entry:
     tensors = {key: file.tensor(name) for key, name in names.items()}
     weight = QuantizedWeight.of(shape, facts["number"], columns, tensors)
-    given = Input(tensors.get("smooth"), rotation, facts["activations"], tensors.get("input_scale"))
+    given = Input(
+        tensors.get("smooth"), rotation, facts["activations"], tensors.get("input_scale"),
+        facts.get("threshold", 0.0), _COMPUTE.get(facts.get("compute", "")),
+    )  # fmt: skip
     pair = LowRank(tensors["down"], tensors["up"]) if "down" in tensors else None
     notes = facts.get("notes")
     return Entry(weight, given, pair, cast("dict[str, Any]", notes) if isinstance(notes, dict) else {})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,7 +20,7 @@ from hasten.core.files import read_json
 from hasten.formats.checks import FLOATS, expect
 from hasten.formats.format import BadFile, Entry
 from hasten.formats.mapped import TensorFile
-from hasten.formats.tensors import Part, TensorFormat, base_of, chosen, coded, is_linear
+from hasten.formats.tensors import Closing, Part, TensorFormat, base_of, chosen, coded, is_linear
 from hasten.kernels.modules import Input
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.packing import pack, unpack
@@ -88,7 +88,7 @@ class Packed(TensorFormat):
         facts = {"bits": weight.number.bits, "group": weight.columns // groups, "ordered": order is not None}
         return facts | {"v2": entry.notes.get("v2", False)}
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
         """The metadata `quantization_config`, as a model's configuration needs it."""
         if not entries:
             return {}, {}

@@ -48,10 +48,17 @@ class Recoding:
         return len(weight.shape) == 2
 
     def _stays_plain(self, entry: Entry) -> bool:
-        meant = self.kind is None and (self.already or self.layout.name == _PLAIN)
+        codes = bool(self.layout.kinds) and self.layout.name != _PLAIN
+        meant = self.kind is None and (self.already or not codes)
         return meant and self.layout.accepts(entry)
 
     def _quantized(self, name: str, entry: Entry) -> Entry:
+        if not self.layout.kinds:
+            coding = [key for key, item in formats().items() if item.kinds]
+            raise HastenError(
+                f"{self.layout.name} does not hold {name!r} as it is, and hasten codes no weights for it. "
+                f"It does for {', '.join(coding)}."
+            )
         made = self.layout.quantize(name, effective(entry), self.kind or self.layout.kinds[0])
         same = isinstance(made.weight, torch.Tensor) and isinstance(entry.weight, torch.Tensor)
         if same and made.weight.dtype == entry.weight.dtype:  # pyright: ignore[reportAttributeAccessIssue]

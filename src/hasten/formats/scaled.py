@@ -159,7 +159,8 @@ def nvfp4_part(file: TensorFile, base: str) -> Part:
     expect(file, names["weight_scale"], "F8_E4M3", (rows, 2 * half // NVFP4_BLOCK))
     if "input_scale" in (extra := {k: f"{base}.{k}" for k in ("input_scale",) if f"{base}.{k}" in file}):
         expect(file, extra["input_scale"], "F32")
-    expect(file, names["weight_scale_2"], "F32")
+    if expect(file, names["weight_scale_2"], "F32").shape not in ((), (1,)):
+        raise BadFile(f"{file.path.name}: {names['weight_scale_2']!r} is not one number.")
     return Part((rows, 2 * half), (*names.values(), *extra.values()), lambda: _read_nvfp4(file, names | extra))
 
 

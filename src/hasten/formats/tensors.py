@@ -22,6 +22,8 @@ from hasten.kernels.weight import QuantizedWeight
 MARKS = ("hasten", "tensor_names", "_quantization_metadata", "quantization_config", "scaled_fp8")
 """Metadata by which some format recognizes its files; they are not carried over into files of another."""
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, OverflowError, KeyError, ArithmeticError)
+Closing = tuple[dict[str, torch.Tensor], dict[str, str]]
+"""Tensors and metadata that end a file."""
 _SUFFIXES = (".weight", ".bias")
 
 
@@ -90,6 +92,9 @@ class TensorFormat(Format):
         except (HastenError, OSError):
             return False
 
+    holds_computation: ClassVar[bool] = False
+    """Does it hold (or imply) the type of the product, and a threshold for channels that are left out of rounding?"""
+
     @abstractmethod
     def claims(self, file: TensorFile) -> bool:
         """Is this an open file of the format?"""
@@ -123,7 +128,8 @@ class TensorFormat(Format):
         """Plain tensors, and what `encodes` says."""
         if isinstance(entry.weight, torch.Tensor):
             return entry.given == Input() and entry.low_rank is None
-        return self.encodes(entry)
+        extra = entry.given.threshold or entry.given.compute is not None
+        return (self.holds_computation or not extra) and self.encodes(entry)
 
     def encodes(self, entry: Entry) -> bool:
         """Can it hold this entry, whose weight is in codes?"""
@@ -137,8 +143,8 @@ class TensorFormat(Format):
         """What of a coded entry `closing` needs; its notes, unless a format says otherwise."""
         return entry.notes
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Tensors and metadata that end a file in which there are these coded entries, given with their notes."""
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
+        """What ends a file with these coded entries, given with what is `noted` of them, and these plain ones."""
         return {}, {}
 
 
@@ -149,6 +155,7 @@ class TensorWriter(Writer):
         self.layout, self.metadata = layout, dict(metadata)
         self.file = StreamedFile(path, room_for(list(names), metadata, layout.companions))
         self.coded: dict[str, Mapping[str, Any]] = {}
+        self.plain: list[str] = []
 
     def add(self, name: str, entry: Entry) -> None:
         """Write one entry."""
@@ -158,6 +165,7 @@ class TensorWriter(Writer):
             )
         if isinstance(entry.weight, torch.Tensor):
             self.file.add(name, entry.weight)
+            self.plain.append(name)
             return
         for key, tensor in self.layout.encode(name, entry).items():
             self.file.add(key, tensor)
@@ -165,7 +173,7 @@ class TensorWriter(Writer):
 
     def finish(self) -> None:
         """Complete the file."""
-        tensors, metadata = self.layout.closing(self.coded)
+        tensors, metadata = self.layout.closing(self.coded, self.plain)
         for name, tensor in tensors.items():
             self.file.add(name, tensor)
         self.file.finish(self.metadata | metadata)

@@ -8,7 +8,7 @@ and never made: Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor and Int4Tenso
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from hasten.formats.format import BadFile, Entry
 from hasten.formats.header import strict_json, strict_object
 from hasten.formats.mapped import TensorFile
 from hasten.formats.scaled import FLOAT8, scale_grid
-from hasten.formats.tensors import Part, TensorFormat, chosen, coded, is_linear
+from hasten.formats.tensors import Closing, Part, TensorFormat, chosen, coded, is_linear
 from hasten.kernels.modules import Input
 from hasten.kernels.numbers import NUMBERS, Number
 from hasten.kernels.packing import pack, unpack
@@ -74,10 +74,11 @@ class TorchAO(TensorFormat):
         """The description."""
         return {"text": entry.notes.get("text") or _description(entry)}
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """All descriptions; torchao takes tensors that are not listed as they are."""
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
+        """All descriptions."""
         found = {name: str(notes["text"]) for name, notes in entries.items()}
-        return {}, found | {_NAMES: json.dumps(list(entries))}
+        found |= dict.fromkeys(plain, json.dumps({"_type": "Tensor"}))
+        return {}, found | {_NAMES: json.dumps(list(found))}
 
     def quantize(self, name: str, weight: torch.Tensor, kind: str) -> Entry:
         """By row, or in groups of 32 for 4 bits; what is no matrix in a block stays plain."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hasten.kernels.modules import LowRank, side_branch
+from hasten.kernels.modules import LowRank, QuantizedConv2d, side_branch
 
 
 class AdaptedLinear(nn.Linear):
@@ -17,6 +17,7 @@ class AdaptedLinear(nn.Linear):
     It is a `Linear` without parameters of its own, so that PEFT can stand around it as well.
     """
 
+    base_layer: Any
     down: torch.Tensor
     up: torch.Tensor
     rank_scale: torch.Tensor
@@ -44,16 +45,17 @@ class AdaptedLinear(nn.Linear):
 class AdaptedConv2d(nn.Conv2d):
     """A convolution (`base_layer`) and a side branch: the same convolution to few channels, then a 1 x 1 one."""
 
+    base_layer: Any
     down: torch.Tensor
     """[ranks, inputs * height * width]"""
     up: torch.Tensor
     """[outputs, ranks]"""
     rank_scale: torch.Tensor
 
-    def __init__(self, base_layer: nn.Conv2d, low_rank: LowRank) -> None:
+    def __init__(self, base_layer: nn.Conv2d | QuantizedConv2d, low_rank: LowRank) -> None:
         nn.Module.__init__(self)
-        for name in _CONVOLUTION:
-            setattr(self, name, getattr(base_layer, name))
+        for name, usual in _CONVOLUTION.items():
+            setattr(self, name, getattr(base_layer, name, usual))
         _adapt(self, base_layer, low_rank)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in nn.Conv2d
@@ -74,16 +76,19 @@ class AdaptedConv2d(nn.Conv2d):
         return cast("torch.Tensor | None", self.base_layer.bias)
 
 
-_CONVOLUTION = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-)  # fmt: skip
+_CONVOLUTION = {
+    "in_channels": 1, "out_channels": 1, "kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0),
+    "dilation": (1, 1), "groups": 1, "padding_mode": "zeros",
+}  # fmt: skip
+"""What a convolution is described by, with what holds for quantized ones where they do not say."""
 
 Adapted = AdaptedLinear | AdaptedConv2d
 
 
 def adapted(layer: nn.Module, low_rank: LowRank) -> Adapted:
     """A layer with a side branch beside it."""
-    made = AdaptedConv2d(layer, low_rank) if isinstance(layer, nn.Conv2d) else AdaptedLinear(layer, low_rank)
+    convolves = isinstance(layer, nn.Conv2d | QuantizedConv2d)
+    made = AdaptedConv2d(layer, low_rank) if convolves else AdaptedLinear(layer, low_rank)
     return made.train(layer.training)
 
 

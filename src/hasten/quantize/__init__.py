@@ -10,20 +10,22 @@ from hasten.quantize.hadamard_rotation import HadamardRotation
 from hasten.quantize.int4_linear import Int4Linear
 from hasten.quantize.int8_linear import Int8Linear
 from hasten.quantize.lora import LoRA
+from hasten.quantize.mixed_precision import MixedPrecision
 from hasten.quantize.smooth_quant import SmoothQuant
 from hasten.quantize.svd_quant import SVDQuant
 from hasten.quantize.weight_only import WeightOnly
 
 __all__ = [
     "AWQ",
-    "GGUF",
-    "GPTQ",
     "BitsAndBytes",
     "Float8Linear",
+    "GGUF",
+    "GPTQ",
     "HadamardRotation",
     "Int4Linear",
     "Int8Linear",
     "LoRA",
+    "MixedPrecision",
     "SVDQuant",
     "SmoothQuant",
     "WeightOnly",

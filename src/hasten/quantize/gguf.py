@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from torch import nn
+
 from hasten.core.session import Session
 from hasten.core.technique import Evidence, about
 from hasten.formats.gguf.gguf_format import MIXES
@@ -41,7 +43,7 @@ class GGUF(LinearQuantizer):
         kind = MIXES[self.type].kind(f"{site.path}.weight") if self.type in MIXES else self.type
         return quantized_layer(site, quantize(site.weight, kind))
 
-    def describe(self, module: Quantized) -> str:
+    def describe(self, module: nn.Module) -> str:
         """Names the type."""
         return f"weight is kept as {_type_name(module)}"
 
@@ -53,6 +55,7 @@ class GGUF(LinearQuantizer):
         return replace(found, summary=f"{found.summary}; types: {types}")
 
 
-def _type_name(module: Quantized) -> str:
+def _type_name(module: nn.Module) -> str:
+    assert isinstance(module, Quantized)
     kind = type_of(module.quantized)
     return kind.name if kind else module.number

@@ -184,7 +184,7 @@ def _names(adapters: tuple[str, ...]) -> list[str]:
 
 
 def _rank(layers: Layers) -> int:
-    return max(part.rank for part in layers.values())
+    return max((part.rank for part in layers.values()), default=0)
 
 
 def _inside(network: nn.Module, path: str) -> nn.Module:

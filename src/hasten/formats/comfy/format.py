@@ -7,7 +7,7 @@ Facts: https://github.com/Comfy-Org/comfy-kitchen.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from hasten.formats.format import BadFile, Entry
 from hasten.formats.header import strict_object
 from hasten.formats.mapped import TensorFile
 from hasten.formats.streamed import bytes_of
-from hasten.formats.tensors import Part, TensorFormat, base_of, chosen, is_linear
+from hasten.formats.tensors import Closing, Part, TensorFormat, base_of, chosen, is_linear
 
 TENSOR = "comfy_quant"
 METADATA = "_quantization_metadata"
@@ -79,7 +79,7 @@ class ComfyQuant(TensorFormat):
         text = entry.notes.get("text", json.dumps(facts)).encode()
         return tensors | {f"{base}.{TENSOR}": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
         """The description of the layers that were described there."""
         layers = {base_of(name): notes["facts"] for name, notes in entries.items() if notes.get("in_metadata")}
         return {}, {METADATA: json.dumps({"format_version": "1.0", "layers": layers})} if layers else {}

@@ -93,7 +93,7 @@ def quantize(weight: torch.Tensor, kind: str, importance: torch.Tensor | None = 
     """Quantize a weight, [outputs, inputs, ...], to a type.
 
     Args:
-        weight: whose numbers fill whole blocks (see `fitting`).
+        weight: whose numbers fill whole blocks (see `fitting`); on the meta device the result is as well.
         kind: name of the type; one that has smaller blocks is taken where its own do not fit.
         importance: [inputs] how much an error in each input's column matters, such as the mean square of the input;
             the K-quants, IQ4_NL and IQ4_XS heed it. None minimizes the error of the weight itself.
@@ -105,6 +105,9 @@ def quantize(weight: torch.Tensor, kind: str, importance: torch.Tensor | None = 
     if found is None:
         raise HastenError(f"{list(weight.shape)} numbers fill no whole blocks of {kind} or a smaller type.")
     block_type, columns = found
+    if weight.is_meta:
+        data = torch.empty(weight.numel() // block_type.block * block_type.size, dtype=torch.uint8, device="meta")
+        return block_type.decode(data, tuple(weight.shape), columns)
     values = weight.detach().reshape(-1, block_type.block)
     weights = None if importance is None else _importance(importance, weight)
     step = _chunk(weight.device) // block_type.block

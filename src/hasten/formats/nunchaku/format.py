@@ -32,7 +32,7 @@ from hasten.formats.nunchaku.layers import (
     shift_of_bias,
     svdq_tensors,
 )
-from hasten.formats.tensors import Part, TensorFormat, TensorWriter, base_of, coded
+from hasten.formats.tensors import Closing, Part, TensorFormat, TensorWriter, base_of, coded
 
 _AFTER_GELU = re.compile(r"(^|\.)(mlp_fc2|mlp_context_fc2|net\.2)$")
 _QUANT_METHOD = "nunchaku_lite"
@@ -128,7 +128,7 @@ class Nunchaku(TensorFormat):
         rank = 0 if entry.low_rank is None else entry.low_rank.up.shape[1]
         return {"rank": rank, "floating": coded(entry).number.kind == "table"}
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
         """The metadata `quantization_config` that nunchaku looks at."""
         layers = [notes for notes in entries.values() if "rank" in notes]
         if not layers:
@@ -153,7 +153,7 @@ class NunchakuLite(Nunchaku):
         """Files whose configuration says so, or that have these names and no description of nunchaku's own."""
         return _packed(file) and _is_lite(file)
 
-    def closing(self, entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def closing(self, entries: Mapping[str, Mapping[str, Any]], plain: Sequence[str]) -> Closing:
         """What `config.json` of a model in diffusers needs under `quantization_config`, as metadata."""
         svdq = {name: notes for name, notes in entries.items() if "rank" in notes}
         awq = [base_of(name) for name, notes in entries.items() if "awq" in notes]
@@ -174,7 +174,7 @@ class NunchakuWriter(TensorWriter):
 
     def __init__(self, layout: Nunchaku, begun: TensorWriter, names: Sequence[str]) -> None:
         self.layout: Nunchaku = layout
-        self.metadata, self.file, self.coded = begun.metadata, begun.file, begun.coded
+        self.metadata, self.file, self.coded, self.plain = begun.metadata, begun.file, begun.coded, begun.plain
         self._names = set(names)
         self._waiting: dict[str, Entry] = {}
         self._stored: dict[str, Any] = {}

@@ -175,10 +175,10 @@ def shift_of_bias(entry: Entry) -> torch.Tensor:
     nunchaku multiplies (x + shift) / smooth, and the bias in the file makes up for it; a bias for x itself is the
     stored one plus this.
     """
-    matrix = coded(entry).dequantize().double()
-    smooth = entry.given.smooth
-    matrix = matrix if smooth is None else matrix / smooth.double()
-    return (SHIFT * matrix.sum(1)).float()
+    weight, smooth = coded(entry), entry.given.smooth
+    factor = SHIFT if smooth is None else SHIFT / smooth.double()
+    tiles = weight.split([packing.TILE] * (weight.shape[0] // packing.TILE))
+    return torch.cat([(tile.dequantize().double() * factor).sum(1) for tile in tiles]).float()
 
 
 def awq_tensors(file: TensorFile, base: str) -> dict[str, str]:

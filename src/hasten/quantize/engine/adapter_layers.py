@@ -14,6 +14,7 @@ from torch import nn
 from hasten.core.errors import HastenError, nearest
 from hasten.core.target import Target
 from hasten.formats.lora import AdapterFile, LayerPart, Names, Place, read_adapter
+from hasten.kernels.modules import QuantizedLinear
 from hasten.quantize.engine.ranks import Key, Layers, in_words, sizes
 
 RANDOM = "random"
@@ -98,7 +99,7 @@ def _unknown(file: AdapterFile, name: str, names: Names, target: Target, known: 
 def _random(target: Target, known: dict[Key, nn.Module]) -> Iterator[tuple[Key, LayerPart]]:
     denoisers = {denoiser.name for denoiser in target.denoisers}
     for (component, path), layer in known.items():
-        if component in denoisers and isinstance(layer, nn.Linear) and re.search(r"\.\d+\.", path):
+        if component in denoisers and isinstance(layer, nn.Linear | QuantizedLinear) and re.search(r"\.\d+\.", path):
             inputs, outputs = sizes(layer) or (0, 0)
             read = partial(_drawn, f"{component}.{path}", inputs, outputs)
             yield (component, path), LayerPart(RANDOM_RANK, inputs, outputs, 1.0, read)

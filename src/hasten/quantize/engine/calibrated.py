@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hasten.core.errors import HastenError
 from hasten.core.patch import Patch
@@ -51,7 +52,7 @@ class CalibratedQuantizer(LinearQuantizer):
         """Only the outline, for planning; real layers are solved together."""
         return self.outline(site)
 
-    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], Quantized]:
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module | None]:
         """Solves a group of layers when the first of them is asked for."""
         found = self.takes(target)
         known = Calibrated(self.statistics).known(target, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,8 @@ from hasten.core.target import Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
+from hasten.kernels.rounding import quantize_integer
+from hasten.quantize.engine.build import quantized_layer
 from hasten.quantize.engine.originals import Originals, set_aside
 from hasten.quantize.engine.sites import Site, chosen_components, obstacles, sites
 
@@ -29,6 +32,8 @@ class LinearQuantizer(Technique):
     lossy: ClassVar[bool] = True
     convolutions: ClassVar[bool] = False
     """Does it take 1 x 1 convolutions as well?"""
+    uniform: ClassVar[bool] = False
+    """Do layers of one shape and type take the same bytes, wherever they are? Then one of them is asked for all."""
 
     components: tuple[str, ...] = field(
         default=("transformer*", "unet", "prior", "denoiser"),
@@ -36,6 +41,9 @@ class LinearQuantizer(Technique):
     )
     skip: tuple[str, ...] = field(
         default=(), metadata=about("layers that stay as they are, as patterns of their paths")
+    )
+    finer: tuple[str, ...] = field(
+        default=(), metadata=about("layers that get 8-bit integers instead, as patterns of their paths")
     )
     originals: Literal["keep", "cpu", "drop"] = field(
         default="cpu",
@@ -49,8 +57,11 @@ class LinearQuantizer(Technique):
         Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
         """
 
-    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module]:
-        """What quantizes the layers of a target one by one; calibrated techniques know more than a single layer."""
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module | None]:
+        """What quantizes the layers of a target one by one, or leaves some (None).
+
+        Calibrated techniques know more than a single layer.
+        """
         return self.quantize
 
     def claims(self) -> tuple[str, ...]:
@@ -79,12 +90,21 @@ class LinearQuantizer(Technique):
         state = patch.keep(Replaced(Originals(self.originals)))
         quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = _named(quantize, site)
+            if (module := _named(self._finer if self.is_finer(site) else quantize, site)) is None:
+                continue
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
+
+    def is_finer(self, site: Site) -> bool:
+        """Does a layer get 8-bit integers instead of what the technique makes of others?"""
+        return any(fnmatchcase(site.path, pattern) for pattern in self.finer)
+
+    def _finer(self, site: Site) -> Quantized:
+        """Rounded row by row, with inputs as they are: what costs least fidelity."""
+        return quantized_layer(site, quantize_integer(site.weight, 8))
 
     def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
@@ -100,15 +120,20 @@ class LinearQuantizer(Technique):
     def cost(self, target: Target, workload: Workload) -> Cost:
         """Memory is that of codes and scales; what it does to time depends on the kernels of the machine."""
         held = {name: _bytes(target.modules[name]) for name in chosen_components(target, self.components)}
+        sizes: dict[object, int] = {}
         for site in self.takes(target):
-            held[site.component] += self.stored(site) - site.weight.nbytes
+            key = _kind(site) if self.uniform else site
+            if key not in sizes:
+                sizes[key] = self.stored(site)
+            held[site.component] += sizes[key] - site.weight.nbytes
         return Cost(held=held, basis="formula")
 
     def stored(self, site: Site) -> int:
         """Bytes that the layer will take in place of its weight."""
+        quantize = self._finer if self.is_finer(site) else self.quantize
         layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = nn.Parameter(torch.empty_like(site.weight, device="meta"), requires_grad=False)
-        return kept_bytes(self.quantize(replace(site, layer=layer)))
+        return kept_bytes(quantize(replace(site, layer=layer)))
 
 
 class Replaced:
@@ -149,11 +174,16 @@ class Replaced:
         )
 
 
-def _named(quantize: Callable[[Site], nn.Module], site: Site) -> nn.Module:
+def _named(quantize: Callable[[Site], nn.Module | None], site: Site) -> nn.Module | None:
     try:
         return quantize(site)
     except HastenError as error:
         raise HastenError(f"{site.component}.{site.path}: {error}") from error
+
+
+def _kind(site: Site) -> object:
+    smoothed = site.wrapper is not None and site.wrapper.smooth is not None
+    return (*site.weight.shape, site.weight.dtype, smoothed)
 
 
 def in_place(site: Site, module: nn.Module) -> bool:

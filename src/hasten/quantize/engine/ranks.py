@@ -168,7 +168,7 @@ class Adapters:
             self._known(instead_of)
         if name in self._loaded and name != instead_of:
             raise HastenError(f"An adapter called {name!r} is loaded already; give this one another name.")
-        rank = max(part.rank for part in layers.values())
+        rank = max((part.rank for part in layers.values()), default=0)
         slots = self._slots(name, rank, instead_of)
         self._check(name, layers)
         matrices = {key: part.read() for key, part in layers.items()}

@@ -86,7 +86,7 @@ def spread_steps(steps: int, wanted: int) -> frozenset[int]:
 
 def watched(target: Target) -> list[Site]:
     """All layers that a quantizer may take."""
-    return sites(target, COMPONENTS, (), convolutions=True)
+    return sites(target, COMPONENTS, (), convolutions=True, everywhere=True)
 
 
 @contextmanager
