@@ -58,24 +58,23 @@ def _step(product: Product, smallest: int = 16) -> bool:
 
 
 def _reads(product: Product) -> bool:
-    """Can kernels read the weight?"""
-    number = product.weight.number
-    return _step(product) and (number.name != "float8_e4m3fn" or has_float8(product.x.device))
+    """Can kernels read the weight? Converting 8-bit floats needs the same cards as multiplying them."""
+    return _step(product) and (product.weight.number.kind != "float" or has_float8(product.x.device))
 
 
 def _takes_widening(product: Product) -> bool:
     eight = product.activations == "int8" or (product.activations == "float8" and has_float8(product.x.device))
-    return product.x.dtype in _SIXTEEN and _reads(product) and (eight or product.activations == "none")
+    return _narrow(product) and _reads(product) and (eight or product.activations == "none")
 
 
 def _takes_rows(product: Product) -> bool:
     pair = (product.activations, product.weight.number.name)
     fits = pair == ("int8", "int8") or (pair == ("float8", "float8_e4m3fn") and has_float8(product.x.device))
-    return fits and product.by_row and product.x.shape[1] % 32 == 0 and _rotates(product)
+    return fits and product.by_row and product.x.shape[1] % 32 == 0 and _rounds(product)
 
 
 def _takes_scaled(product: Product) -> bool:
-    """CuBLAS: rows of e4m3 on both sides, or a scale for the whole of each; the side branch is added afterwards."""
+    """CuBLAS: rows of e4m3 on both sides, or a scale for the whole of each; no side branch."""
     even = product.x.shape[1] % 16 == 0 and product.weight.shape[0] % 16 == 0 and product.x.dtype == torch.bfloat16
     return product.x.device.type == "cuda" and product.down is None and even and _takes_rows(product)
 
@@ -85,12 +84,22 @@ def _takes_groups(product: Product) -> bool:
     whole = number.kind == "integer" and (number.bits < 8 or (number.name == "int8" and zero is None))
     whole = whole and (zero is None or not zero.is_floating_point()) and product.activations == "int8"
     pair = number.name == "float8_e4m3fn" and product.activations == "float8" and has_float8(product.x.device)
-    return (whole or pair) and product.is_matrix and product.group % 32 == 0 and _rotates(product)
+    return (whole or pair) and product.is_matrix and product.group % 32 == 0 and _rounds(product)
 
 
 def _takes_large_groups(product: Product) -> bool:
     """Minimums need sums of the tokens as well, for which large tiles leave no registers."""
     return _takes_groups(product) and product.weight.minimum is None
+
+
+def _rounds(product: Product) -> bool:
+    """Can the kernel that rounds tokens do all before the product?"""
+    return _narrow(product) and _rotates(product)
+
+
+def _narrow(product: Product) -> bool:
+    """Is the input of 16 bits? In 32, rotation and side branch take more registers and shared memory than there are."""
+    return product.x.dtype in _SIXTEEN
 
 
 def _rotates(product: Product) -> bool:

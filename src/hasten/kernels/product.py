@@ -103,7 +103,9 @@ def _operator(
     kernel = choose(product)
     for counter in _counts:
         counter[kernel.name] += 1
-    return kernel.run(product)
+    # Triton launches on the current device, which need not be that of the input; on a CPU nothing happens.
+    with torch.cuda.device_of(x):
+        return kernel.run(product)
 
 
 _SHAPE, _ROTATION = 18, 22
