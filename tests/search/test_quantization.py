@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_are_spread_evenly() -> None:
-    gaps = [b - a for a, b in zip(ordered := sorted(spread_steps(28, 8)), ordered[1:], strict=False)]
+    ordered = sorted(spread_steps(28, 8))
+    gaps = [b - a for a, b in itertools.pairwise(ordered)]
     assert set(gaps) <= {3, 4}
     assert len(gaps) == 7
     assert spread_steps(4, 8) == {0, 1, 2, 3}
