@@ -32,12 +32,16 @@ from hasten.core.weights import weights_hash
 from hasten.measure.environment import environment
 from hasten.measure.quality import Fidelity, fidelities
 from hasten.measure.rendering import render
+from hasten.quantize.engine.gains_file import usual_gains
 from hasten.quantize.engine.linear_quantizer import Replaced
 from hasten.quantize.engine.statistics_file import usual_file
 from hasten.search.quantization.collect import collect
+from hasten.search.quantization.sensitivity import measure_gains
 
 HERE = Path(__file__).parent
 PROMPTS = HERE.parent / "caching" / "prompts.json"
+CALIBRATED = 32
+"""Pictures that statistics are gathered from; none of them is compared later."""
 MODELS = ("emoji-flux", "emoji-sd", "emoji-dit")
 RECIPES = (
     # 8 bits, weights and activations
@@ -46,7 +50,6 @@ RECIPES = (
     "SmoothQuant(alpha='auto') | Int8Linear()",
     "HadamardRotation() | Int8Linear()",
     "Float8Linear()",
-    "Float8Linear(granularity='tensor')",
     # 4 bits without calibration
     "WeightOnly(bits=4)",
     "WeightOnly(bits=4, symmetric=True)",
@@ -57,25 +60,23 @@ RECIPES = (
     "AWQ()",
     "GPTQ()",
     "GPTQ(symmetric=True)",
-    "SVDQuant(rank=32, activations=16)",
     "SVDQuant(rank=32)",
     "SVDQuant(rank=32, gptq=True)",
     "SVDQuant(rank=32, activations=4)",
     "SVDQuant(rank=32, activations=4, smooth=False)",
-    # about as large as AWQ and GPTQ with groups of 32
+    # a rank in proportion to the width, as 32 is to that of FLUX, and others of that size
     "AWQ(group=32)",
     "GPTQ(group=32)",
-    "SVDQuant(rank=2, activations=16)",
     "SVDQuant(rank=2, activations=16, gptq=True)",
-    "SVDQuant(rank=1, activations=16, gptq=True, symmetric=False, smooth=False)",
-    # about as large as SVDQuant of rank 32 on layers as narrow as these
-    "AWQ(bits=8)",
+    "SVDQuant(rank=2, activations=16, gptq=True, symmetric=False, smooth=False)",
+    # as large as SVDQuant of rank 32 on layers as narrow as these
     "GPTQ(bits=8)",
-    # other sizes
+    # bits by layer
     "WeightOnly(bits=5)",
+    "MixedPrecision(bits=5, rounding='nearest')",
     "GPTQ(bits=5)",
-    "GPTQ(bits=3)",
-    "SVDQuant(rank=32, bits=3)",
+    "MixedPrecision(bits=5)",
+    "MixedPrecision(bits=4)",
 )
 
 
@@ -139,9 +140,13 @@ class Rows:
 
     def prepare(self) -> None:
         """Statistics and plain pictures, once."""
-        file = usual_file(weights_hash(Target.of(self.model.pipeline).denoisers[0].module))
-        texts = tuple(text for text, _ in self.prompts["calibration"])
+        weights = weights_hash(Target.of(self.model.pipeline).denoisers[0].module)
+        file = usual_file(weights)
+        spare = self.prompts["evaluation"][: -(CALIBRATED - len(self.prompts["calibration"])) - 1 : -1]
+        texts = tuple(text for text, _ in (*self.prompts["calibration"], *spare))
         collect(self.model, self.model.workload.replace(prompts=texts), file=file)
+        if not usual_gains(weights).is_file():
+            measure_gains(self.model, self.model.workload.replace(prompts=texts[:2]))
         self.images = self.images or self.rendered()
 
     def rendered(self) -> list[Any]:

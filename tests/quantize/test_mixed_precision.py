@@ -61,7 +61,7 @@ def known_of(inputs: dict[str, torch.Tensor]) -> Statistics:
     for name, x in inputs.items():
         found[name].add(x)
     layers = {name: WatchedLayer(name, 64) for name in inputs}
-    return Statistics(layers, lambda name: found[name].statistics())
+    return Statistics(layers, lambda name: found[name].sums().statistics())
 
 
 def test_bits_go_where_the_error_is_and_where_it_matters() -> None:
@@ -74,7 +74,8 @@ def test_bits_go_where_the_error_is_and_where_it_matters() -> None:
     known = known_of(dict(zip(map(key_of, places), (x, outlier, x), strict=True)))
     chosen = MixedPrecision(bits=5.0).chosen(places, known, {})
     assert int(chosen["transformer/blocks.0.bb"]) > int(chosen["transformer/blocks.0.a"])
-    weighed = MixedPrecision(bits=5.0).chosen(places, known, {"transformer/proj_out": 1e4, "transformer/blocks.0.a": 1})
+    gains = {"transformer/proj_out": 1e4, "transformer/blocks.0.a": 1.0, "transformer/blocks.0.bb": 1.0}
+    weighed = MixedPrecision(bits=5.0).chosen(places, known, gains)
     assert weighed["transformer/proj_out"] in ("8", "kept")
     assert weighed["transformer/blocks.0.a"] < chosen["transformer/blocks.0.a"]
 

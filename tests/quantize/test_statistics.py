@@ -11,16 +11,18 @@ from torch import nn
 from hasten.core.errors import HastenError
 from hasten.kernels.hadamard import rotate
 from hasten.quantize.engine.sites import Site
-from hasten.quantize.engine.statistics import InputStatistics, Running, block_size, quadratic
+from hasten.quantize.engine.statistics import InputStatistics, Running, Sums, block_size, doubt, quadratic
 from hasten.quantize.engine.statistics_file import StatisticsFile, save_statistics
-from hasten.quantize.engine.watching import Statistics, Watcher
+from hasten.quantize.engine.watching import Watcher
 
 
 def of(*parts: torch.Tensor) -> InputStatistics:
+    """Statistics whose products of channels are trusted entirely."""
     running = Running(parts[0].shape[1], torch.device("cpu"))
     for part in parts:
         running.add(part)
-    return running.statistics()
+    sums = running.sums()
+    return InputStatistics(sums.counts[0], sums.absmax, sums.mean_abs, sums.halves[0])
 
 
 def test_sums_over_parts_are_those_of_the_whole() -> None:
@@ -133,16 +135,23 @@ def test_fused_projections_are_found_by_their_parts() -> None:
 
 def test_files_give_back_what_was_written_and_go_on(tmp_path: Path) -> None:
     module, sites, watcher = watched()
-    module(torch.randn(5, 8))
-    file = save_statistics(tmp_path / "s.safetensors", watcher.statistics(), {"weights_sha256": "ab"})
+    module(x := torch.randn(5, 8))
+    file = save_statistics(tmp_path / "s.safetensors", watcher, {"weights_sha256": "ab"}, finished=False)
     opened = StatisticsFile(file)
     assert opened.weights == "ab"
+    assert not opened.finished
     assert_same(opened.statistics.of(sites[1]), watcher.statistics().of(sites[1]))
     watcher.stop()
     second = Watcher(sites)
-    second.resume(opened.statistics)
-    module(torch.ones(3, 8))
-    assert second.statistics().of(sites[0]).count == 8
+    second.resume(opened.statistics.layers, opened.sums)
+    second.half = 1
+    module(y := torch.randn(3, 8))
+    sums = second.sums("net/0.to_q")
+    assert sums.counts == (5, 3)
+    assert torch.allclose(sums.halves[:, 0], torch.stack([x.T @ x / 5, y.T @ y / 3]), atol=1e-6)
+    save_statistics(file, second, {})
+    finished = StatisticsFile(file)
+    assert_same(finished.statistics.of(sites[1]), second.statistics().of(sites[1]))
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -151,6 +160,48 @@ def assert_same(one: InputStatistics, other: InputStatistics) -> None:
     assert torch.equal(one.second, other.second)
     assert torch.equal(one.absmax, other.absmax)
     assert torch.equal(one.mean_abs, other.mean_abs)
+
+
+def halves(pictures: int, tokens: int = 40, inputs: int = 24) -> torch.Tensor:
+    """The moments of two halves of pictures, each of which has a direction of its own beside a common mixing."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(inputs, inputs, generator=generator) * torch.logspace(0.5, -1, inputs)
+    found = torch.zeros(2, 1, inputs, inputs)
+    for picture in range(pictures):
+        own = torch.randn(1, inputs, generator=generator) * 2
+        x = torch.randn(tokens, inputs, generator=generator) @ mix.T + own
+        found[picture % 2, 0] += x.T @ x / tokens / (pictures / 2)
+    return found
+
+
+def test_few_pictures_are_trusted_less_than_many() -> None:
+    few, many = doubt(halves(4)), doubt(halves(400))
+    assert few > 0.05
+    assert many < 0.02
+
+
+def test_doubt_leaves_the_diagonal_and_lessens_the_rest() -> None:
+    sums = Sums((4, 4), torch.ones(24), torch.ones(24), halves(4))
+    whole, found = sums.halves.mean(0)[0], sums.statistics().second[0]
+    assert torch.allclose(found.diagonal(), whole.diagonal())
+    kept = (found - torch.diag(found.diagonal())).norm() / (whole - torch.diag(whole.diagonal())).norm()
+    assert float(kept) == pytest.approx(1 - doubt(halves(4)), rel=1e-4)
+
+
+def test_doubt_makes_gptq_better_on_pictures_that_were_not_seen() -> None:
+    from hasten.quantize.engine.gptq import gptq
+    from hasten.quantize.engine.grids import grid_of
+
+    seen, truth = halves(4), halves(2000).mean(0)
+    weight = torch.randn(64, 24, generator=torch.Generator().manual_seed(5))
+    grid = grid_of(weight, 3, 24, symmetric=False)
+    sums = Sums((2, 2), torch.ones(24), torch.ones(24), seen)
+    errors = [
+        float(quadratic(weight - gptq(weight, second, grid), truth).sum())
+        for second in (seen.mean(0), sums.statistics().second)
+    ]
+    assert errors[1] < errors[0]
+    assert errors[1] < float(quadratic(weight - grid.nearest(weight), truth).sum())
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -163,20 +214,20 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     for file in (noise, foreign):
         with pytest.raises(HastenError, match="no file of statistics"):
             StatisticsFile(file)
-    known = Statistics({}, lambda _: of(torch.ones(2, 8)))
-    save_statistics(file := tmp_path / "old.safetensors", known, {"schema": 0})
+    save_statistics(file := tmp_path / "old.safetensors", watched()[2], {"schema": 0})
     with pytest.raises(HastenError, match="another version"):
         StatisticsFile(file)
 
 
-def test_tensors_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, sites, watcher = watched()
     module(torch.randn(5, 8))
-    good = watcher.statistics()
-
-    def bad(name: str) -> InputStatistics:
-        return InputStatistics(5, torch.ones(8), torch.ones(7), torch.ones(1, 8, 8))
-
-    file = save_statistics(tmp_path / "s.safetensors", Statistics(good.layers, bad), {})
+    bad = Sums((5, 0), torch.ones(8), torch.ones(7), torch.ones(2, 1, 8, 8))
+    monkeypatch.setattr(watcher, "sums", lambda name: Sums(*map(_copied, vars(bad).values())))  # pyright: ignore
+    file = save_statistics(tmp_path / "s.safetensors", watcher, {})
     with pytest.raises(HastenError, match="do not fit together"):
         StatisticsFile(file).statistics.of(sites[0])
+
+
+def _copied(value: object) -> object:
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -69,6 +69,10 @@ class InputStatistics:
         largest, mean = root * expected_maximum(self.count), root * (2 / math.pi) ** 0.5
         return InputStatistics(self.count, largest, mean, second)
 
+    def doubted(self, amount: float) -> InputStatistics:
+        """With products of different channels made smaller by a share."""
+        return replace(self, second=shrunk(self.second, amount))
+
     def check(self, layer: str) -> InputStatistics:
         """Itself; raises HastenError where inputs were not finite."""
         if not (self.absmax.isfinite().all() and self.second.isfinite().all()):
@@ -90,38 +94,103 @@ def expected_maximum(count: int) -> float:
 
 
 class Running:
-    """Sums over the tokens seen so far. Nothing of an input is kept."""
+    """Sums over the tokens seen so far, those of every other picture apart. Nothing of an input is kept."""
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         size = block_size(inputs)
         kind = torch.float64 if inputs <= EXACT else torch.float32
-        self.count = 0
+        self.counts = [0, 0]
         self.absmax = torch.zeros(inputs, device=device)
         self.total = torch.zeros(inputs, device=device, dtype=torch.float64)
-        self.second = torch.zeros(inputs // size, size, size, device=device, dtype=kind)
+        self.halves = torch.zeros(2, inputs // size, size, size, device=device, dtype=kind)
 
-    def add(self, tokens: torch.Tensor) -> None:
-        """Take in tokens, [tokens, inputs]."""
+    def add(self, tokens: torch.Tensor, half: int = 0) -> None:
+        """Take in tokens, [tokens, inputs], of a picture that belongs to one of the halves."""
         exact = tokens.detach().float()
-        self.count += exact.shape[0]
+        self.counts[half] += exact.shape[0]
         self.absmax = torch.maximum(self.absmax, exact.abs().amax(0))
         self.total += exact.abs().sum(0, dtype=torch.float64)
-        parts = exact.reshape(exact.shape[0], self.second.shape[0], -1).transpose(0, 1)
-        self.second += parts.mT @ parts
+        parts = exact.reshape(exact.shape[0], self.halves.shape[1], -1).transpose(0, 1)
+        self.halves[half] += parts.mT @ parts
 
-    def join(self, known: InputStatistics) -> None:
-        """Take in what was found out before."""
-        self.count += known.count
-        self.absmax = torch.maximum(self.absmax, known.absmax.to(self.absmax))
-        self.total += known.mean_abs.to(self.total) * known.count
-        self.second += known.second.to(self.second) * known.count
+    def sums(self) -> Sums:
+        """What is known so far."""
+        counts = torch.tensor(self.counts, device=self.halves.device).clamp(min=1)
+        halves = (self.halves / counts[:, None, None, None]).float()
+        mean = (self.total / max(sum(self.counts), 1)).float()
+        return Sums((self.counts[0], self.counts[1]), self.absmax, mean, halves)
+
+    @classmethod
+    def of(cls, known: Sums, device: torch.device) -> Running:
+        """Go on from what was found out before."""
+        made = cls(known.absmax.shape[0], device)
+        made.counts = list(known.counts)
+        made.absmax = known.absmax.to(made.absmax)
+        made.total = known.mean_abs.to(made.total) * sum(known.counts)
+        counts = torch.tensor(known.counts, device=device)
+        made.halves = known.halves.to(made.halves) * counts[:, None, None, None]
+        return made
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What was seen of an input, in two halves that have no picture in common."""
+
+    counts: tuple[int, int]
+    """Tokens of each half."""
+    absmax: torch.Tensor
+    mean_abs: torch.Tensor
+    halves: torch.Tensor
+    """[2, blocks, size, size]: the mean of x x^T over the tokens of each half."""
 
     def statistics(self) -> InputStatistics:
-        """What is known so far."""
-        count = max(self.count, 1)
-        return InputStatistics(
-            self.count, self.absmax, (self.total / count).float(), (self.second / count).float()
-        )  # fmt: skip
+        """The statistics of both halves together, with products of different channels trusted as far as they hold.
+
+        With few pictures some products are chance. How far they are drawn towards 0 is what makes one half likeliest
+        in view of the other (see `doubt`).
+        """
+        count = max(sum(self.counts), 1)
+        shares = torch.tensor(self.counts, device=self.halves.device) / count
+        second = (self.halves * shares[:, None, None, None]).sum(0)
+        found = InputStatistics(sum(self.counts), self.absmax, self.mean_abs, second)
+        return found.doubted(doubt(self.halves) if min(self.counts) else ALONE)
+
+
+DOUBTS = (0.0, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
+"""By how much products of different channels may be made smaller."""
+ALONE = 0.1
+"""The same where all tokens are of one picture."""
+
+
+def doubt(halves: torch.Tensor) -> float:
+    """By how much products of different channels have to be made smaller, for the mean of two halves.
+
+    For either half the one of `DOUBTS` is looked for with which its moments, taken for those of a normal
+    distribution, make the other half likeliest: tr(B A^-1) + log det A is least. It depends on the small directions
+    of A, which is what GPTQ uses. Twice the data needs half the doubt (as odds).
+    """
+    scores = [
+        _unlikelihood(halves[0], halves[1], amount) + _unlikelihood(halves[1], halves[0], amount) for amount in DOUBTS
+    ]
+    best = DOUBTS[min(range(len(DOUBTS)), key=scores.__getitem__)]
+    return best / (2 - best)
+
+
+def _unlikelihood(known: torch.Tensor, other: torch.Tensor, amount: float) -> float:
+    total = 0.0
+    for moments, seen in zip(shrunk(known, amount).double(), other.double(), strict=True):
+        floor = 1e-6 * moments.diagonal().mean().clamp(min=1e-30)
+        factor, failed = torch.linalg.cholesky_ex(moments + floor * torch.eye(len(moments)).to(moments))
+        if failed.item():
+            return math.inf
+        spread = torch.cholesky_solve(seen, factor).diagonal().sum()
+        total += float(spread + 2 * factor.diagonal().log().sum())
+    return total
+
+
+def shrunk(second: torch.Tensor, amount: float) -> torch.Tensor:
+    """Second moments, [blocks, size, size], with all but the diagonal made smaller by a share."""
+    return second * (1 - amount) + torch.diag_embed(second.diagonal(dim1=1, dim2=2)) * amount
 
 
 def quadratic(change: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

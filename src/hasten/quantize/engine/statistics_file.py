@@ -14,10 +14,10 @@ import torch
 from hasten.core.errors import HastenError
 from hasten.core.files import ensure_folder
 from hasten.core.user_cache import user_cache
-from hasten.quantize.engine.statistics import InputStatistics, block_size
-from hasten.quantize.engine.watching import Statistics, WatchedLayer
+from hasten.quantize.engine.statistics import InputStatistics, Sums, block_size
+from hasten.quantize.engine.watching import Statistics, WatchedLayer, Watcher
 
-SCHEMA = 1
+SCHEMA = 2
 _HEADER = "hasten_statistics"
 
 
@@ -26,22 +26,31 @@ def usual_file(weights: str) -> Path:
     return user_cache() / "statistics" / f"{weights[:32]}.safetensors"
 
 
-def save_statistics(file: Path, statistics: Statistics, about: Mapping[str, Any]) -> Path:
-    """Write statistics and what they are of, `weights_sha256`, `prompts`, `steps`, ... An old file stays until then."""
+def save_statistics(file: Path, watcher: Watcher, about: Mapping[str, Any], *, finished: bool = True) -> Path:
+    """Write what a watcher has seen, and what it is of, `weights_sha256`, `prompts`, `steps`, ...
+
+    An unfinished file holds both halves of each input, so that it can be gone on from. An old file stays until all is
+    written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    layers, counts = watcher.layers, dict[str, list[int]]()
+    for name in sorted({layer.input for layer in layers.values()}):
+        sums = watcher.sums(name)
+        counts[name] = list(sums.counts)
+        parts = {"absmax": sums.absmax, "mean_abs": sums.mean_abs}
+        parts |= {"second": sums.statistics().check(name).second} if finished else {"halves": sums.halves}
+        tensors |= {f"{name}:{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
+    watched = {name: [layer.input, layer.outputs] for name, layer in layers.items()}
+    header = {"schema": SCHEMA, **about, "finished": finished, "counts": counts, "layers": watched}
+    return _write(file, tensors, json.dumps(header))
+
+
+def _write(file: Path, tensors: dict[str, torch.Tensor], header: str) -> Path:
     from safetensors.torch import save_file
 
-    tensors: dict[str, torch.Tensor] = {}
-    layers = {name: [layer.input, layer.outputs] for name, layer in statistics.layers.items()}
-    counts: dict[str, int] = {}
-    for name in sorted({layer.input for layer in statistics.layers.values()}):
-        found = statistics.read(name)
-        counts[name] = found.count
-        parts = {"absmax": found.absmax, "mean_abs": found.mean_abs, "second": found.second}
-        tensors |= {f"{name}:{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
-    header = {"schema": SCHEMA, **about, "counts": counts, "layers": layers}
     temporary = ensure_folder(file.parent) / f".{file.name}.{secrets.token_hex(4)}.tmp"
     try:
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+        save_file(tensors, temporary, metadata={_HEADER: header})
         temporary.replace(file)
     except OSError as error:
         raise HastenError(f"Cannot write {file}: {error.strerror or error}.") from error
@@ -59,7 +68,7 @@ class StatisticsFile:
         if not file.is_file():
             raise HastenError(f"There is no file of statistics {file}.")
         self.about = self._header()
-        self.counts = cast("dict[str, int]", self.about["counts"])
+        self.counts = cast("dict[str, list[int]]", self.about["counts"])
         layers = cast("dict[str, tuple[str, int]]", self.about["layers"])
         self.statistics = Statistics({k: WatchedLayer(str(v[0]), int(v[1])) for k, v in layers.items()}, self.read)
 
@@ -68,13 +77,30 @@ class StatisticsFile:
         """Hash of the weights that they are of."""
         return str(self.about.get("weights_sha256", ""))
 
+    @property
+    def finished(self) -> bool:
+        """Were all pictures watched?"""
+        return self.about.get("finished") is True
+
     def read(self, name: str) -> InputStatistics:
         """The statistics of an input by the name of its first layer."""
-        absmax, mean_abs, second = (self._tensor(f"{name}:{part}") for part in ("absmax", "mean_abs", "second"))
-        inputs, size = absmax.numel(), block_size(absmax.numel())
-        if mean_abs.shape != (inputs,) or second.shape != (inputs // size, size, size):
+        if not self.finished:
+            return self.sums(name).statistics().check(name)
+        absmax, mean_abs, second = self._tensors(name, "absmax", "mean_abs", "second")
+        return InputStatistics(sum(self.counts[name]), absmax, mean_abs, second).check(name)
+
+    def sums(self, name: str) -> Sums:
+        """Both halves of an input, of an unfinished file."""
+        first, second = self.counts[name]
+        return Sums((first, second), *self._tensors(name, "absmax", "mean_abs", "halves"))
+
+    def _tensors(self, name: str, *parts: str) -> tuple[torch.Tensor, ...]:
+        absmax, mean_abs, second = (self._tensor(f"{name}:{part}") for part in parts)
+        inputs = absmax.numel()
+        size = block_size(inputs)
+        if mean_abs.shape != (inputs,) or second.shape[-3:] != (inputs // size, size, size):
             raise HastenError(f"{self.file} is damaged: the statistics of {name} do not fit together.")
-        return InputStatistics(self.counts[name], absmax, mean_abs, second).check(name)
+        return absmax, mean_abs, second
 
     def _tensor(self, name: str) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from hasten.core.errors import HastenError
 from hasten.quantize.engine.sites import Site
-from hasten.quantize.engine.statistics import InputStatistics, Running
+from hasten.quantize.engine.statistics import InputStatistics, Running, Sums
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,13 @@ def block_of(path: str) -> str:
 
 
 class Watcher:
-    """Gathers statistics of layers while it is `active`; `stop` takes its hooks off again."""
+    """Gathers statistics of layers while it is `active`; `stop` takes its hooks off again.
+
+    `half` (0 or 1) says to which half of the data the present picture belongs.
+    """
 
     def __init__(self, watched: Iterable[Site]) -> None:
-        self.active = True
+        self.active, self.half = True, 0
         self._sites = list(watched)
         self._outputs = {key_of(site): site.weight.shape[0] for site in self._sites}
         self._leaders: dict[str, str] = {}
@@ -99,15 +102,13 @@ class Watcher:
         self._latest: dict[str, weakref.ref[torch.Tensor]] = {}
         self._hooks = [site.present.register_forward_pre_hook(self._hook(site)) for site in self._sites]
 
-    def resume(self, known: Statistics) -> None:
+    def resume(self, layers: Mapping[str, WatchedLayer], sums: Callable[[str], Sums]) -> None:
         """Go on from what was found out before."""
         devices = {key_of(site): site.weight.device for site in self._sites}
-        for name, layer in known.layers.items():
+        for name, layer in layers.items():
             self._leaders[name] = layer.input
             if name == layer.input and name in devices:
-                found = known.read(name)
-                self._sums[name] = Running(found.inputs, devices[name])
-                self._sums[name].join(found)
+                self._sums[name] = Running.of(sums(name), devices[name])
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -115,10 +116,18 @@ class Watcher:
             hook.remove()
         self._hooks = []
 
+    @property
+    def layers(self) -> dict[str, WatchedLayer]:
+        """The layers that were called so far."""
+        return {name: WatchedLayer(leader, self._outputs[name]) for name, leader in self._leaders.items()}
+
+    def sums(self, name: str) -> Sums:
+        """What was seen of an input so far, by the name of its first layer."""
+        return self._sums[name].sums()
+
     def statistics(self) -> Statistics:
         """What is known so far."""
-        layers = {name: WatchedLayer(leader, self._outputs[name]) for name, leader in self._leaders.items()}
-        return Statistics(layers, lambda name: self._sums[name].statistics().check(name))
+        return Statistics(self.layers, lambda name: self.sums(name).statistics().check(name))
 
     def _hook(self, site: Site) -> Callable[[Any, tuple[Any, ...]], None]:
         name, is_conv = key_of(site), site.is_conv
@@ -140,7 +149,7 @@ class Watcher:
             tokens = x.movedim(1, -1) if is_conv else x
             tokens = tokens.reshape(-1, tokens.shape[-1])
             running = self._sums.get(name) or Running(tokens.shape[-1], x.device)
-            running.add(tokens)
+            running.add(tokens, self.half)
             self._sums[name] = running
             self._latest[name] = weakref.ref(x)
 

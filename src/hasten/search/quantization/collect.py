@@ -22,7 +22,7 @@ from hasten.models import LoadedModel
 from hasten.quantize.engine.calibrated import AUTO
 from hasten.quantize.engine.sites import Site, sites
 from hasten.quantize.engine.statistics_file import StatisticsFile, save_statistics, usual_file
-from hasten.quantize.engine.watching import Statistics, Watcher
+from hasten.quantize.engine.watching import Watcher
 
 FIRST_SEED = 1000
 """Seeds of calibration pictures begin here, apart from those that comparisons use."""
@@ -90,12 +90,12 @@ def watched(target: Target) -> list[Site]:
 
 
 @contextmanager
-def _collecting(pipeline: Any, steps: int, known: Statistics | None) -> Generator[Watcher]:
+def _collecting(pipeline: Any, steps: int, known: StatisticsFile | None) -> Generator[Watcher]:
     recipe = Collecting(steps=steps)
     with accelerate(pipeline, recipe) as session:
         watcher = session.state(recipe, Watcher)
         if known is not None:
-            watcher.resume(known)
+            watcher.resume(known.statistics.layers, known.sums)
         yield watcher
 
 
@@ -122,8 +122,10 @@ def collect(
     with _collecting(model.pipeline, steps, known) as watcher:
         for number, prompt in enumerate(work.prompts):
             if number >= done:
+                watcher.half = number % 2
                 render(model.pipeline, work, prompt, FIRST_SEED + number)
-                save_statistics(place, watcher.statistics(), about | {"pictures": number + 1})
+                finished = number + 1 == len(work.prompts)
+                save_statistics(place, watcher, about | {"pictures": number + 1}, finished=finished)
             shown.advance()
     return place
 
@@ -133,7 +135,7 @@ def _about(model: LoadedModel, work: Workload, steps: int, weights: str) -> dict
     return {"model": model.name, "weights_sha256": weights, **facts, "width": work.width, "height": work.height}
 
 
-def _begun(file: Path, about: dict[str, Any]) -> tuple[int, Statistics | None]:
+def _begun(file: Path, about: dict[str, Any]) -> tuple[int, StatisticsFile | None]:
     """How many pictures a file holds already, and its statistics; nothing of other weights or workloads."""
     try:
         opened = StatisticsFile(file)
@@ -143,7 +145,7 @@ def _begun(file: Path, about: dict[str, Any]) -> tuple[int, Statistics | None]:
         return 0, None
     if any(opened.about.get(name) != value for name, value in about.items()):
         return 0, None
-    return int(opened.about.get("pictures", 0)), opened.statistics
+    return int(opened.about.get("pictures", 0)), None if opened.finished else opened
 
 
 def lacks_statistics(recipes: Iterable[Recipe], pipeline: Any) -> bool:
