@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from hasten.core.block import Planner
+
 Config = Mapping[str, Any]
 Guidance = Literal["embedded", "batched", "separate", "none"]
 Side = Literal["first", "last"]
