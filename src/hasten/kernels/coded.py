@@ -126,17 +126,18 @@ def coded_kernels() -> list[CodedKernel]:
 
 @torch.library.custom_op("hasten::coded_linear", mutates_args=())
 def _operator(
-    codes: torch.Tensor, scales: torch.Tensor, tensors: list[torch.Tensor], present: list[str],
+    codes: torch.Tensor, scales: torch.Tensor, tensors: list[torch.Tensor | None],
     bias: torch.Tensor | None, shape: list[int], number: str, columns: int, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    weight = QuantizedWeight.of(shape, number, columns, dict(zip(present, tensors, strict=True)))
+    named = {name: tensor for name, tensor in zip(TENSORS, tensors, strict=True) if tensor is not None}
+    weight = QuantizedWeight.of(shape, number, columns, named)
     kernel = next(kernel for kernel in coded_kernels() if kernel.takes(codes, weight))
     return kernel.run(codes, scales, weight, bias, dtype)
 
 
 @_operator.register_fake
 def _fake(
-    codes: torch.Tensor, scales: torch.Tensor, tensors: list[torch.Tensor], present: list[str],
+    codes: torch.Tensor, scales: torch.Tensor, tensors: list[torch.Tensor | None],
     bias: torch.Tensor | None, shape: list[int], number: str, columns: int, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     return codes.new_empty(codes.shape[0], shape[0], dtype=dtype)
@@ -144,10 +145,7 @@ def _fake(
 
 def coded_linear(given: Coded, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """given @ weight.T + bias: [..., inputs] to [..., outputs] in the type that `given` names; no gradients."""
-    named = weight.tensors()
-    present = [name for name in TENSORS if name in named]
-    found = _operator(
-        given.codes.reshape(-1, given.codes.shape[-1]), given.scales.reshape(-1, 1), [named[name] for name in present],
-        present, bias, list(weight.shape), weight.number.name, weight.columns, given.dtype,
-    )  # fmt: skip
+    named, tokens = weight.tensors(), given.codes.reshape(-1, given.codes.shape[-1])
+    facts = (list(weight.shape), weight.number.name, weight.columns, given.dtype)
+    found = _operator(tokens, given.scales.reshape(-1, 1), [named.get(name) for name in TENSORS], bias, *facts)
     return found.reshape(*given.codes.shape[:-1], weight.shape[0])
