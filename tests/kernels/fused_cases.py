@@ -49,7 +49,7 @@ def norms(width: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, No
 
 
 def norm_cases(width: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
-    from hasten.kernels.triton.rows import residual_norm
+    from hasten.kernels.triton.tokens import residual_norm
 
     x, second = (values(2, tokens, width, dtype=dtype, device=device) for tokens in (5, 3))
     for name, how, added, joined in norms(width, dtype, device):

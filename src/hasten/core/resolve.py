@@ -124,6 +124,7 @@ CLAIMS = {
     "layout": "the memory layout of the weights",
     "linear.weight": "the weights of the same linear layers",
     "residency": "the placement of the weights",
+    "block.code": "the code of the blocks",
     "modulation": "the weights of adaptive norms",
 }
 """Resources in words, for refusals; a claim not listed here is shown as written."""

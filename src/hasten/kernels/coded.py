@@ -124,6 +124,11 @@ def coded_kernels() -> list[CodedKernel]:
     ]
 
 
+def gains(kind: Kind, device: torch.device) -> bool:
+    """Is there a kernel for codes of this kind on the device with which rounding beforehand saves a pass?"""
+    return kind == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @torch.library.custom_op("hasten::coded_linear", mutates_args=())
 def _operator(
     codes: torch.Tensor, scales: torch.Tensor, tensors: list[torch.Tensor | None],

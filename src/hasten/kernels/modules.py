@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hasten.kernels.activations import Activations
+from hasten.kernels.coded import Coded, coded_linear
 from hasten.kernels.hadamard import rotate
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.product import operate
@@ -150,9 +151,9 @@ class QuantizedLinear(Quantized):
         """Channels of the output."""
         return self.shape[0]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] to [..., outputs]."""
-        return self.product(x)
+    def forward(self, x: torch.Tensor | Coded) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]; the input may come rounded as this layer rounds it."""
+        return coded_linear(x, self.quantized, self.bias) if isinstance(x, Coded) else self.product(x)
 
 
 class QuantizedConv2d(Quantized):

@@ -148,7 +148,7 @@ def _operator(
     how = Normalizing(Norm(kind, eps, weight, bias), shift, scale, rounding) if kind else None  # pyright: ignore
     if not x.is_cuda:
         return eager(x, second, added, how)
-    from hasten.kernels.triton.rows import residual_norm
+    from hasten.kernels.triton.tokens import residual_norm
 
     return residual_norm(x, second, added, how)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from hasten.kernels.coded import DTYPES, Coding
-from hasten.kernels.triton.rows import coding_facts
+from hasten.kernels.triton.tokens import coding_facts
 from hasten.kernels.triton.tools import rotated, store_codes, warps
 
 _KINDS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}
