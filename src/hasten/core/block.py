@@ -18,9 +18,8 @@ Modulation = Callable[[nn.Module, Mapping[str, Any]], Mapping[str, torch.Tensor]
 """From a block and its arguments by name: shifts, scales and gates by name, each [batch, channels] for all tokens of a
 sample or [batch, tokens or 1, channels]."""
 Rotations = Callable[[Any], "list[tuple[torch.Tensor, torch.Tensor] | None]"]
-"""From the block's argument that holds the rotary embedding: cosines and sines of each stream of the attention (or one
-pair for all of them in the order in which they are joined), [batch or 1, tokens, head size / 2] in the order of pairs of
-neighbouring channels."""
+"""From the block's argument that holds the rotary embedding: cosines and sines of each stream of the attention, or one
+pair for all of them as they are joined; [batch or 1, tokens, head size / 2], a number for two neighbouring channels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hasten.core.block import FeedForwardPlan
+from hasten.core.block import FeedForwardPlan, Residual
 
 ZERO = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
 """The parts of adaLN-Zero in the order in which its linear layer puts them out, for attention and feed-forward."""
@@ -21,6 +21,28 @@ def named(names: Sequence[str], modulation: torch.Tensor, dim: int = -1) -> dict
 def for_text(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The modulation of the text stream, apart from the picture's."""
     return {f"text_{name}": part for name, part in parts.items()}
+
+
+def modulated(
+    number: int, norm: str, *, stream: str = "hidden_states", argument: str = "", text: bool = False,
+    gated: bool = True, early: bool = False,
+) -> Residual:  # fmt: skip
+    """A residual connection with the shift, scale and gate of a number, of the picture or of the text."""
+    prefix = "text_" if text else ""
+    return Residual(
+        stream=stream,
+        norm=norm,
+        shift=f"{prefix}shift{number}",
+        scale=f"{prefix}scale{number}",
+        gate=f"{prefix}gate{number}" if gated else "",
+        argument=argument,
+        early=early,
+    )
+
+
+def of_text(number: int, norm: str, argument: str = "", *, gated: bool = True) -> Residual:
+    """The same on the stream of the text."""
+    return modulated(number, norm, stream="encoder_hidden_states", argument=argument, text=True, gated=gated)
 
 
 def gelu_feed_forward(module: str) -> FeedForwardPlan:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hasten.core.block import BlockPlan, Residual, Sublayer
+from hasten.core.block import BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
-from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu, named
+from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu, modulated, named
 
 __all__ = ["DIT"]
 
@@ -39,11 +39,6 @@ def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.T
     return named(ZERO, norm.linear(F.silu(norm.emb(given["timestep"], given["class_labels"], hidden_dtype=kind))))
 
 
-def _residual(number: int, norm: str) -> Residual:
-    names = {part: f"{part}{number}" for part in ("shift", "scale", "gate")}
-    return Residual(stream="hidden_states", norm=norm, **names)
-
-
 def _plan(block: nn.Module) -> BlockPlan | None:
     module: Any = block
     usual = module.norm_type == "ada_norm_zero" and module.attn2 is None and module.pos_embed is None
@@ -53,8 +48,8 @@ def _plan(block: nn.Module) -> BlockPlan | None:
 _BLOCK = BlockPlan(
     modulation=_modulation,
     sublayers=(
-        Sublayer(module="attn1", residuals=(_residual(1, "norm1.norm"),), given={"attention_mask": "attention_mask"}),
-        Sublayer(module="ff", residuals=(_residual(2, "norm3"),)),
+        Sublayer(module="attn1", residuals=(modulated(1, "norm1.norm"),), given={"attention_mask": "attention_mask"}),
+        Sublayer(module="ff", residuals=(modulated(2, "norm3"),)),
     ),
     feed_forward=(gelu_feed_forward("ff"),),
     absent=("cross_attention_kwargs", "_chunk_size"),

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hasten.core.block import AttentionPlan, Beside, BlockPlan, Residual, Sublayer
+from hasten.core.block import AttentionPlan, Beside, BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import grid_ids, normal, unpacked
-from hasten.denoisers._plans import ZERO, for_text, gelu_feed_forward, is_gelu, named, with_batch
+from hasten.denoisers._plans import ZERO, for_text, gelu_feed_forward, is_gelu, modulated, named, of_text, with_batch
 
 __all__ = ["FLUX"]
 
@@ -69,26 +69,19 @@ def _attention(second: Any) -> AttentionPlan:
     )
 
 
-def _residual(stream: str, number: int, norm: str, argument: str = "", text: str = "") -> Residual:
-    names = {part: f"{text}{part}{number}" for part in ("shift", "scale", "gate")}
-    return Residual(stream=stream, norm=norm, argument=argument, **names)
-
-
 _DOUBLE = BlockPlan(
     modulation=_double_modulation,
     sublayers=(
         Sublayer(
             module="attn",
             residuals=(
-                _residual("hidden_states", 1, "norm1.norm", "hidden_states"),
-                _residual("encoder_hidden_states", 1, "norm1_context.norm", "encoder_hidden_states", "text_"),
+                modulated(1, "norm1.norm", argument="hidden_states"),
+                of_text(1, "norm1_context.norm", "encoder_hidden_states"),
             ),
             given={"image_rotary_emb": "image_rotary_emb"},
         ),
-        Sublayer(module="ff", residuals=(_residual("hidden_states", 2, "norm2"),)),
-        Sublayer(
-            module="ff_context", residuals=(_residual("encoder_hidden_states", 2, "norm2_context", text="text_"),)
-        ),
+        Sublayer(module="ff", residuals=(modulated(2, "norm2"),)),
+        Sublayer(module="ff_context", residuals=(of_text(2, "norm2_context"),)),
     ),
     attention=(_attention("first"),),
     feed_forward=(gelu_feed_forward("ff"), gelu_feed_forward("ff_context")),
@@ -100,8 +93,8 @@ _SINGLE = BlockPlan(
         Sublayer(
             module="attn",
             residuals=(
-                _residual("encoder_hidden_states", 1, "norm.norm", "hidden_states"),
-                _residual("hidden_states", 1, "norm.norm"),
+                modulated(1, "norm.norm", stream="encoder_hidden_states", argument="hidden_states"),
+                modulated(1, "norm.norm"),
             ),
             given={"image_rotary_emb": "image_rotary_emb"},
             joined=True,

@@ -12,7 +12,7 @@ from torch import nn
 from hasten.core.block import BlockPlan, Residual, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
-from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu
+from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu, modulated
 
 __all__ = ["PIXART"]
 
@@ -51,11 +51,6 @@ def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.T
     return dict(zip(ZERO, parts.unbind(1), strict=True))
 
 
-def _residual(number: int, norm: str) -> Residual:
-    names = {part: f"{part}{number}" for part in ("shift", "scale", "gate")}
-    return Residual(stream="hidden_states", norm=norm, **names)
-
-
 def _plan(block: nn.Module) -> BlockPlan | None:
     module: Any = block
     usual = module.norm_type == "ada_norm_single" and module.attn2 is not None and module.pos_embed is None
@@ -65,13 +60,13 @@ def _plan(block: nn.Module) -> BlockPlan | None:
 _BLOCK = BlockPlan(
     modulation=_modulation,
     sublayers=(
-        Sublayer(module="attn1", residuals=(_residual(1, "norm1"),), given={"attention_mask": "attention_mask"}),
+        Sublayer(module="attn1", residuals=(modulated(1, "norm1"),), given={"attention_mask": "attention_mask"}),
         Sublayer(
             module="attn2",
             residuals=(Residual(stream="hidden_states"),),
             given={"encoder_hidden_states": "encoder_hidden_states", "attention_mask": "encoder_attention_mask"},
         ),
-        Sublayer(module="ff", residuals=(_residual(2, "norm2"),)),
+        Sublayer(module="ff", residuals=(modulated(2, "norm2"),)),
     ),
     feed_forward=(gelu_feed_forward("ff"),),
     absent=("cross_attention_kwargs", "_chunk_size"),

@@ -9,10 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hasten.core.block import AttentionPlan, BlockPlan, Residual, Sublayer
+from hasten.core.block import AttentionPlan, BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal, unpacked
-from hasten.denoisers._plans import ZERO, for_text, gelu_feed_forward, is_gelu, named, pairs, with_batch
+from hasten.denoisers._plans import (
+    ZERO,
+    for_text,
+    gelu_feed_forward,
+    is_gelu,
+    modulated,
+    named,
+    of_text,
+    pairs,
+    with_batch,
+)
 
 __all__ = ["QWEN_IMAGE"]
 
@@ -45,12 +55,6 @@ def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.T
     return named(ZERO, module.img_mod(given["temb"])) | for_text(named(ZERO, module.txt_mod(given["temb"])))
 
 
-def _residual(stream: str, number: int, norm: str, argument: str = "") -> Residual:
-    text = "text_" if norm.startswith("txt") else ""
-    names = {part: f"{text}{part}{number}" for part in ("shift", "scale", "gate")}
-    return Residual(stream=stream, norm=norm, argument=argument, **names)
-
-
 def _plan(block: nn.Module) -> BlockPlan | None:
     """Not for models that edit pictures, which modulate the given pictures' tokens otherwise than the new one's."""
     module: Any = block
@@ -63,16 +67,16 @@ _BLOCK = BlockPlan(
         Sublayer(
             module="attn",
             residuals=(
-                _residual("hidden_states", 1, "img_norm1", "hidden_states"),
-                _residual("encoder_hidden_states", 1, "txt_norm1", "encoder_hidden_states"),
+                modulated(1, "img_norm1", argument="hidden_states"),
+                of_text(1, "txt_norm1", "encoder_hidden_states"),
             ),
             given={
                 "encoder_hidden_states_mask": "encoder_hidden_states_mask",
                 "image_rotary_emb": "image_rotary_emb",
             },
         ),
-        Sublayer(module="img_mlp", residuals=(_residual("hidden_states", 2, "img_norm2"),)),
-        Sublayer(module="txt_mlp", residuals=(_residual("encoder_hidden_states", 2, "txt_norm2"),)),
+        Sublayer(module="img_mlp", residuals=(modulated(2, "img_norm2"),)),
+        Sublayer(module="txt_mlp", residuals=(of_text(2, "txt_norm2"),)),
     ),
     attention=(
         AttentionPlan(

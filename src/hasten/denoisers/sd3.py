@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hasten.core.block import AttentionPlan, BlockPlan, Residual, Sublayer
+from hasten.core.block import AttentionPlan, BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
-from hasten.denoisers._plans import ZERO, for_text, gelu_feed_forward, is_gelu, named
+from hasten.denoisers._plans import ZERO, for_text, gelu_feed_forward, is_gelu, modulated, named, of_text
 
 __all__ = ["SD3"]
 
@@ -40,32 +40,21 @@ def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.T
     return named(picture, module.norm1.linear(time)) | for_text(named(text, module.norm1_context.linear(time)))
 
 
-def _picture(number: int, norm: str, argument: str = "", *, early: bool = False) -> Residual:
-    names = {part: f"{part}{number}" for part in ("shift", "scale", "gate")}
-    return Residual(stream="hidden_states", norm=norm, argument=argument, early=early, **names)
-
-
-def _text(number: int, norm: str, argument: str = "", *, gated: bool = True) -> Residual:
-    gate = f"text_gate{number}" if gated else ""
-    names = {"shift": f"text_shift{number}", "scale": f"text_scale{number}", "gate": gate}
-    return Residual(stream="encoder_hidden_states", norm=norm, argument=argument, **names)
-
-
 def _plan(block: nn.Module) -> BlockPlan | None:
     module: Any = block
     last = bool(module.context_pre_only)
     if not is_gelu(module.ff) or not (last or is_gelu(module.ff_context)):
         return None
-    picture = _picture(1, "norm1.norm", "hidden_states")
-    text = _text(1, "norm1_context.norm", "encoder_hidden_states", gated=not last)
+    picture = modulated(1, "norm1.norm", argument="hidden_states")
+    text = of_text(1, "norm1_context.norm", "encoder_hidden_states", gated=not last)
     joint = Sublayer(module="attn", residuals=(picture, text))
-    dual = Sublayer(module="attn2", residuals=(_picture(3, "norm1.norm", "hidden_states", early=True),))
-    of_picture = Sublayer(module="ff", residuals=(_picture(2, "norm2"),))
-    of_text = Sublayer(module="ff_context", residuals=(_text(2, "norm2_context"),))
+    dual = Sublayer(module="attn2", residuals=(modulated(3, "norm1.norm", argument="hidden_states", early=True),))
+    feed_picture = Sublayer(module="ff", residuals=(modulated(2, "norm2"),))
+    feed_text = Sublayer(module="ff_context", residuals=(of_text(2, "norm2_context"),))
     second = (dual,) if module.use_dual_attention else ()
     return BlockPlan(
         modulation=_modulation,
-        sublayers=(joint, *second, of_picture, *(() if last else (of_text,))),
+        sublayers=(joint, *second, feed_picture, *(() if last else (feed_text,))),
         attention=(_attention("attn", "last"), *([_attention("attn2", "none")] if second else [])),
         feed_forward=(gelu_feed_forward("ff"), *(() if last else (gelu_feed_forward("ff_context"),))),
         absent=("joint_attention_kwargs", "_chunk_size"),

@@ -12,7 +12,7 @@ from torch import nn
 from hasten.core.block import AttentionPlan, BlockPlan, Residual, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
-from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu
+from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu, modulated
 
 __all__ = ["WAN"]
 
@@ -42,11 +42,6 @@ def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.T
     return dict(zip(ZERO, (table + given["temb"].float()).unbind(-2), strict=True))
 
 
-def _residual(number: int, norm: str) -> Residual:
-    names = {part: f"{part}{number}" for part in ("shift", "scale", "gate")}
-    return Residual(stream="hidden_states", norm=norm, **names)
-
-
 def _plan(block: nn.Module) -> BlockPlan | None:
     """The cross-attention is normed only in some releases."""
     module: Any = block
@@ -57,9 +52,9 @@ def _plan(block: nn.Module) -> BlockPlan | None:
 def _sublayers(norm: str) -> tuple[Sublayer, ...]:
     text = {"encoder_hidden_states": "encoder_hidden_states"}
     return (
-        Sublayer(module="attn1", residuals=(_residual(1, "norm1"),), given={"rotary_emb": "rotary_emb"}),
+        Sublayer(module="attn1", residuals=(modulated(1, "norm1"),), given={"rotary_emb": "rotary_emb"}),
         Sublayer(module="attn2", residuals=(Residual(stream="hidden_states", norm=norm),), given=text),
-        Sublayer(module="ffn", residuals=(_residual(2, "norm3"),)),
+        Sublayer(module="ffn", residuals=(modulated(2, "norm3"),)),
     )
 
 

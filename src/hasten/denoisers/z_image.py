@@ -53,10 +53,14 @@ def _plan(block: nn.Module) -> BlockPlan:
     return _BLOCK if block.modulation else _UNMODULATED
 
 
+def _residual(number: int, norm: str, after: str, modulated: bool) -> Residual:
+    scale, gate = (f"scale{number}", f"gate{number}") if modulated else ("", "")
+    return Residual(stream="x", norm=norm, after=after, scale=scale, gate=gate)
+
+
 def _sublayers(modulated: bool) -> tuple[Sublayer, ...]:
-    first, second = ({"scale": f"scale{n}", "gate": f"gate{n}"} if modulated else {} for n in (1, 2))
-    attention = Residual(stream="x", norm="attention_norm1", after="attention_norm2", **first)
-    feed_forward = Residual(stream="x", norm="ffn_norm1", after="ffn_norm2", **second)
+    attention = _residual(1, "attention_norm1", "attention_norm2", modulated)
+    feed_forward = _residual(2, "ffn_norm1", "ffn_norm2", modulated)
     more = {"attention_mask": "attn_mask", "freqs_cis": "freqs_cis"}
     return (
         Sublayer(module="attention", residuals=(attention,), given=more),

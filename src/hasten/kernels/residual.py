@@ -84,7 +84,9 @@ def _codes(x: torch.Tensor, coding: Coding | None) -> bool:
     return coding is None or coding.kind == "int8" or codes_float8(x.device)
 
 
-def _outcome(out: torch.Tensor, scales: torch.Tensor, coding: Coding | None, dtype: torch.dtype) -> torch.Tensor | Coded:
+def _outcome(
+    out: torch.Tensor, scales: torch.Tensor, coding: Coding | None, dtype: torch.dtype
+) -> torch.Tensor | Coded:
     return out if coding is None else Coded(out, scales, dtype)
 
 

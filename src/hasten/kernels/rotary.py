@@ -55,9 +55,7 @@ def _flat(one: Heads | None) -> tuple[torch.Tensor | None, ...]:
     return one.query, one.key, one.value, one.query_weight, one.key_weight, *(one.rotation or (None, None))
 
 
-def _reference(
-    streams: Sequence[Heads], norm: HeadNorm | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _reference(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     queries = [_turned(_normed(one.query, one.query_weight, norm), one.rotation, one.query.dtype) for one in streams]
     keys = [_turned(_normed(one.key, one.key_weight, norm), one.rotation, one.key.dtype) for one in streams]
     return _join(queries), _join(keys), _join([one.value for one in streams])
@@ -113,7 +111,9 @@ def eager(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor
     """What the operator returns, by the reference: tensors of its own."""
     query, key, value = _reference(streams, norm)
     value = value if len(streams) > 1 else value.new_empty(0)
-    own = [part.clone() if part is given else part for part, given in ((query, streams[0].query), (key, streams[0].key))]
+    own = [
+        part.clone() if part is given else part for part, given in ((query, streams[0].query), (key, streams[0].key))
+    ]
     return own[0].contiguous(), own[1].contiguous(), value.contiguous()
 
 

@@ -82,9 +82,10 @@ class FusedAttention:
 
     def _heads(self, index: int, x: torch.Tensor | Coded, rotation: Rotation | None) -> Heads:
         module: Any = self.module
-        *layers, norm_q, norm_k = (getattr(module, name, None) for name in (_FIRST, _SECOND)[index])
-        query, key, value = (layer(x).unflatten(-1, (module.heads, -1)) for layer in layers)
-        weights = [None if norm is None else norm.weight for norm in (norm_q, norm_k)]
+        names = (_FIRST, _SECOND)[index]
+        query, key, value = (getattr(module, name)(x).unflatten(-1, (module.heads, -1)) for name in names[:3])
+        norm_q, norm_k = (getattr(module, name, None) for name in names[3:])
+        weights = (norm_q.weight, norm_k.weight) if norm_q is not None and norm_k is not None else (None, None)
         return Heads(query, key, value, *weights, rotation)
 
     def _turns(self, given: Mapping[str, Any], streams: int) -> list[Rotation | None]:

@@ -28,14 +28,15 @@ class SegmentedLinear(nn.Linear):
         self.train(layer.training)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: torch.Tensor, second: torch.Tensor | Coded | None = None  # noqa: A002 - the name in nn.Linear
+        self, x: torch.Tensor, second: torch.Tensor | Coded | None = None
     ) -> torch.Tensor:
         """[..., all inputs], or [..., first inputs] and [..., second inputs], to [..., outputs]."""
         if second is None:
-            input, second = input[..., : self.border], input[..., self.border :]  # noqa: A001
-        found = self.first(input)
-        plain = base_class(self.second) is nn.Linear and isinstance(second, torch.Tensor)
-        return _onto(found, second, self.second.weight) if plain else found + self.second(second)
+            x, second = x[..., : self.border], x[..., self.border :]
+        found = self.first(x)
+        if base_class(self.second) is not nn.Linear or isinstance(second, Coded):
+            return found + self.second(second)
+        return _onto(found, second, self.second.weight)
 
     @property
     def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -73,7 +74,7 @@ class Segments:
 
     def refill(self) -> None:
         """Fill the layer's weight, wherever and in whatever type the parts are now."""
-        whole = torch.cat([cast(nn.Linear, part).weight.data for part in self._parts], 1)
+        whole = torch.cat([part.weight.data for part in self._parts], 1)
         new = torch.empty_strided(whole.shape, self._strides, dtype=whole.dtype, device=whole.device)
         self._layer.weight.data = new.copy_(whole)
         if cast("torch.Tensor | None", self._layer.bias) is not None:

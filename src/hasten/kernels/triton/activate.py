@@ -1,7 +1,6 @@
 """The kernel behind `kernels.gated`: a program activates a token and, if wanted, rounds it to 8 bits."""
-# pyright: reportMissingParameterType=false, reportMissingTypeArgument=false, reportUnknownParameterType=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportOptionalOperand=false
-# ruff: noqa: ANN001, ANN202, N803
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# ruff: noqa: ANN001, ANN201, ANN202, N803 - types of a kernel's arguments are Triton's; constants are in capitals
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The kernel behind `kernels.rotary`: a program norms and rotates all heads of a token, where attention wants them."""
-# pyright: reportMissingParameterType=false, reportMissingTypeArgument=false, reportUnknownParameterType=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportOptionalOperand=false
-# ruff: noqa: ANN001, ANN202, N803
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# ruff: noqa: ANN001, ANN201, ANN202, N803 - types of a kernel's arguments are Triton's; constants are in capitals
 
 from __future__ import annotations
 
@@ -63,9 +62,7 @@ def heads_kernel(
     tl.store(put, values.to(out.dtype.element_ty), mask=inside)
 
 
-def prepare_heads(
-    streams: Sequence[Heads], norm: HeadNorm | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def prepare_heads(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `kernels.rotary` asks for: queries and keys, and values if there are two streams."""
     every = sum(one.query.shape[1] for one in streams)
     first = streams[0]

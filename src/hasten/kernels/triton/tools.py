@@ -1,10 +1,6 @@
-"""Device functions that several kernels need: rotation by Hadamard matrices, and rounding to 8 bits with a row's scale.
-
-Triton compiles what these functions say; ruff's and pyright's rules for ordinary code do not apply to their types.
-"""
-# pyright: reportMissingParameterType=false, reportMissingTypeArgument=false, reportUnknownParameterType=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportReturnType=false
-# ruff: noqa: ANN001, ANN201
+"""Device functions of several kernels: rotation by Hadamard matrices, and rounding to 8 bits with a row's scale."""
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# ruff: noqa: ANN001, ANN201, ANN202, N803 - types of a kernel's arguments are Triton's; constants are in capitals
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _turn_four(values, SIZE: tl.constexpr, INNER: tl.constexpr):  # noqa: N803
+def _turn_four(values, SIZE: tl.constexpr, INNER: tl.constexpr):
     """The regular Hadamard matrix of order 4 on channels that are INNER apart: half the sum less the mirrored."""
     parts = tl.reshape(values, [SIZE // (4 * INNER), 4, INNER])
     mirrored = tl.flip(parts, 1)
@@ -22,14 +18,14 @@ def _turn_four(values, SIZE: tl.constexpr, INNER: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _turn_two(values, SIZE: tl.constexpr):  # noqa: N803
+def _turn_two(values, SIZE: tl.constexpr):
     """The Hadamard matrix of order 2 on neighbouring channels."""
     even, odd = tl.split(tl.reshape(values, [SIZE // 2, 2]))
     return tl.reshape(tl.join(even + odd, even - odd), [SIZE]) * 0.7071067811865476
 
 
 @triton.jit
-def rotated(values, SIZE: tl.constexpr, TWO: tl.constexpr, FOURS: tl.constexpr):  # noqa: N803
+def rotated(values, SIZE: tl.constexpr, TWO: tl.constexpr, FOURS: tl.constexpr):
     """`hadamard.rotate` of a row of SIZE channels in groups of 4**FOURS, or twice as many with TWO."""
     if TWO:
         values = _turn_two(values, SIZE)
@@ -45,7 +41,7 @@ def nearest(values):
 
 
 @triton.jit
-def store_codes(values, out, scales, row, inside, LARGEST: tl.constexpr):  # noqa: N803
+def store_codes(values, out, scales, row, inside, LARGEST: tl.constexpr):
     """Round a row to -127..127 (LARGEST 127) or to e4m3 (LARGEST 448), and write codes and scale."""
     largest = tl.max(tl.abs(values), 0)
     scale = tl.where(largest > 0, largest / LARGEST, 1.0)
