@@ -103,11 +103,16 @@ def all_cases(dtype: torch.dtype, device: str = "cpu", *, small: bool = True) ->
 
 
 def difference(made: Parts, wanted: Parts) -> float:
-    """The largest difference; codes count as what they stand for, in steps of their scale."""
+    """The largest difference; of codes, the share of those that differ by more than the least step."""
     assert [(part.shape, part.dtype) for part in made] == [(part.shape, part.dtype) for part in wanted]
-    pairs = zip(made, wanted, strict=True)
-    found = [(one.float() - other.float()).abs().max().item() for one, other in pairs if one.numel()]
-    return max(found)
+    return max(_difference(one, other) for one, other in zip(made, wanted, strict=True) if one.numel())
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    apart = (one.float() - other.float()).abs()
+    if one.dtype in (torch.int8, torch.float8_e4m3fn):
+        return (apart > 1 + other.float().abs() / 8 * (one.dtype != torch.int8)).float().mean().item()
+    return apart.max().item()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import nn
 
-from hasten.core.intercept import base_class
 from hasten.kernels.coded import Coded
 
 
@@ -34,7 +33,7 @@ class SegmentedLinear(nn.Linear):
         if second is None:
             x, second = x[..., : self.border], x[..., self.border :]
         found = self.first(x)
-        if base_class(self.second) is not nn.Linear or isinstance(second, Coded):
+        if isinstance(second, Coded) or not _is_plain(self.second) or self.second.weight.dtype != second.dtype:
             return found + self.second(second)
         return _onto(found, second, self.second.weight)
 
@@ -47,6 +46,11 @@ class SegmentedLinear(nn.Linear):
     def bias(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The bias of the first part."""
         return self.first.bias
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Is it a linear layer with nothing of other techniques around it?"""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def _onto(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
