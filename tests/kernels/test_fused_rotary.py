@@ -15,10 +15,10 @@ HEADS, SIZE = 2, 8
 
 def stream(tokens: int, seed: int = 0) -> tuple[Heads, torch.Tensor]:
     """Heads of one stream, and their rotation as complex numbers."""
-    parts = [values(2, tokens, HEADS, SIZE, seed=seed + n) for n in range(3)]
+    query, key, value = (values(2, tokens, HEADS, SIZE, seed=seed + n) for n in range(3))
     angles = values(1, tokens, SIZE // 2, seed=seed)
     waves = torch.polar(torch.ones_like(angles), angles)
-    return Heads(*parts, values(SIZE), values(SIZE, seed=1), (waves.real, waves.imag)), waves
+    return Heads(query, key, value, values(SIZE), values(SIZE, seed=1), (waves.real, waves.imag)), waves
 
 
 def test_it_is_the_norm_and_the_complex_rotation() -> None:
