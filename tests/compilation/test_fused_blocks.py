@@ -17,7 +17,7 @@ from hasten.core.registry import specs
 from hasten.core.session import accelerate
 from hasten.core.spec import InputSize
 from hasten.core.target import Target
-from hasten.kernels import coded
+from hasten.kernels import coded, gated, residual, rotary
 from hasten.kernels.coded import Coded
 from hasten.kernels.modules import QuantizedLinear
 from hasten.quantize import Int8Linear
@@ -156,14 +156,14 @@ def test_the_pass_before_a_quantized_layer_rounds_its_input(
     with accelerate(model, recipe):
         apart = output(model, given)
     taken: list[tuple[int, ...]] = []
-    product = coded.coded_linear
+    product = coded.operate
 
     def watched(x: Coded, *rest: Any) -> torch.Tensor:
         taken.append(tuple(x.codes.shape))
         return product(x, *rest)
 
     monkeypatch.setattr(modules, "gains", lambda kind, device: True)
-    monkeypatch.setattr("hasten.kernels.modules.coded_linear", watched)
+    monkeypatch.setattr(coded, "operate", watched)
     with accelerate(model, recipe):
         together = output(model, given)
     # A block: the input of attention (of two streams), of the feed-forwards, and of their second layers.
@@ -199,3 +199,39 @@ def test_refusals_name_the_reason() -> None:
     model.transformer_blocks[0].attn.register_forward_hook(lambda *_: None)  # pyright: ignore
     with pytest.raises(Refused, match="other code"):
         accelerate(model, "FusedBlocks()")
+
+
+@pytest.fixture
+def through_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the operators compute, as on a GPU; on the CPU they call the references."""
+    for module in (residual, gated, rotary):
+        monkeypatch.setattr(module, "served", lambda *_: True)
+    monkeypatch.setattr(residual, "_codes", lambda *_: True)
+
+
+@pytest.mark.usefixtures("through_operators")
+@pytest.mark.parametrize("name", DECLARED)
+def test_the_operators_compute_the_same(name: str) -> None:
+    model, given = model_of(name)
+    plain = output(model, given)
+    with accelerate(model, "FusedBlocks()"):
+        assert torch.allclose(output(model, given), plain, atol=1e-5)
+
+
+@pytest.mark.usefixtures("through_operators")
+@pytest.mark.parametrize("name", ["flux", "z_image"])
+def test_the_operators_stand_in_compiled_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model, given = model_of(name)
+    with accelerate(model, "CompileBlocks(backend='aot_eager')"):
+        plain = output(model, given)
+    torch._dynamo.reset()
+    monkeypatch.setattr(modules, "gains", lambda kind, device: True)
+    with accelerate(model, "FusedBlocks() | CompileBlocks(backend='aot_eager')") as session:
+        assert torch.allclose(output(model, given), plain, atol=1e-5)
+        assert session.evidence()
+    torch._dynamo.reset()
+    with accelerate(model, "FusedBlocks() | Int8Linear() | CompileBlocks(backend='aot_eager')"):
+        compiled = output(model, given)
+    with accelerate(model, "FusedBlocks() | Int8Linear()"):
+        assert torch.allclose(output(model, given), compiled, atol=1e-4)

@@ -150,7 +150,19 @@ def _fake(
 
 def coded_linear(given: Coded, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """given @ weight.T + bias: [..., inputs] to [..., outputs] in the type that `given` names; no gradients."""
-    named, tokens = weight.tensors(), given.codes.reshape(-1, given.codes.shape[-1])
-    facts = (list(weight.shape), weight.number.name, weight.columns, given.dtype)
-    found = _operator(tokens, given.scales.reshape(-1, 1), [named.get(name) for name in TENSORS], bias, *facts)
-    return found.reshape(*given.codes.shape[:-1], weight.shape[0])
+    named = weight.tensors()
+    return operate(given, [named.get(n) for n in TENSORS], bias, weight.shape, weight.number.name, weight.columns)
+
+
+def operate(
+    given: Coded,
+    tensors: list[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    shape: tuple[int, ...],
+    number: str,
+    columns: int,
+) -> torch.Tensor:
+    """The same with the weight in the parts that `TENSORS` names; a single node in compiled graphs."""
+    tokens = given.codes.reshape(-1, given.codes.shape[-1])
+    found = _operator(tokens, given.scales.reshape(-1, 1), tensors, bias, list(shape), number, columns, given.dtype)
+    return found.reshape(*given.codes.shape[:-1], shape[0])

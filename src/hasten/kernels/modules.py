@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hasten.kernels import coded
 from hasten.kernels.activations import Activations
-from hasten.kernels.coded import Coded, coded_linear
+from hasten.kernels.coded import Coded
 from hasten.kernels.hadamard import rotate
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.product import operate
@@ -153,7 +154,10 @@ class QuantizedLinear(Quantized):
 
     def forward(self, x: torch.Tensor | Coded) -> torch.Tensor:
         """[..., inputs] to [..., outputs]; the input may come rounded as this layer rounds it."""
-        return coded_linear(x, self.quantized, self.bias) if isinstance(x, Coded) else self.product(x)
+        if not isinstance(x, Coded):
+            return self.product(x)
+        tensors = [self._buffers[name] for name in TENSORS]
+        return coded.operate(x, tensors, self.bias, self.shape, self.number, self.columns)
 
 
 class QuantizedConv2d(Quantized):
