@@ -294,6 +294,7 @@ def main() -> None:
     bench = Bench(asked.model, device, dtype, asked.tiny, size, asked.batch, steps)
     names = [n for n in (*PEERS, *OURS) if not asked.rows or n == "plain" or any(part in n for part in asked.rows)]
     rows, plain = list[Row](), None
+    what = {"model": MODELS[bench.model], "size": size, "batch": bench.batch, "steps": steps, "tiny": bench.tiny}
     packages = {name: installed(name) for name in ("triton", "torchao", "cache-dit", "fa3-fwd")}
     facts = {**environment(device), **{name: version for name, version in packages.items() if version}}
     for name in names:
@@ -309,7 +310,7 @@ def main() -> None:
             "tiny": bench.tiny,
         }
         if str(asked.out) != "/dev/null":
-            atomic_write_text(asked.out, json_text({"environment": facts, **settings, "rows": rows}))
+            atomic_write_text(asked.out, json_text({"environment": facts, **what, "rows": rows}))
 
 
 if __name__ == "__main__":
