@@ -302,13 +302,6 @@ def main() -> None:
         plain = image if name == "plain" else plain
         show(row)
         rows.append(row)
-        settings = {
-            "model": MODELS[bench.model],
-            "size": size,
-            "batch": bench.batch,
-            "steps": steps,
-            "tiny": bench.tiny,
-        }
         if str(asked.out) != "/dev/null":
             atomic_write_text(asked.out, json_text({"environment": facts, **what, "rows": rows}))
 
