@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -98,6 +103,46 @@ def test_what_is_not_declared_runs_the_blocks_own_code() -> None:
             technique.engaged(session)
 
 
+def test_a_feed_forward_in_chunks_runs_the_blocks_own_code() -> None:
+    model, given = model_of("dit")
+    plain = output(model, given)
+    for block in model.transformer_blocks[:3]:  # pyright: ignore[reportIndexIssue]
+        block.set_chunk_feed_forward(8, 1)
+    technique = FusedBlocks()
+    with accelerate(model, technique) as session:
+        assert torch.allclose(output(model, given), plain, atol=1e-5)
+        assert technique.engaged(session).summary.startswith("1 of 4")
+
+
+def test_every_token_may_have_its_own_timestep() -> None:
+    model, given = model_of("wan")
+    tokens = given["hidden_states"][0, 0].numel() // 4
+    given["timestep"] = torch.arange(2 * tokens).reshape(2, tokens)
+    plain = output(model, given)
+    with accelerate(model, "FusedBlocks()") as session:
+        assert torch.allclose(output(model, given), plain, atol=1e-5)
+        assert session.evidence()
+
+
+def test_prompts_of_different_lengths_are_masked() -> None:
+    model, given = model_of("z_image")
+    given["cap_feats"] = [given["cap_feats"][0], torch.randn(40, 16)]
+    plain = output(model, given)
+    with accelerate(model, "FusedBlocks()") as session:
+        assert torch.allclose(output(model, given), plain, atol=1e-5)
+        assert session.evidence()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_whole_models_in_tritons_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.compilation.fused_in_interpreter"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    found: dict[str, float] = json.loads(made.splitlines()[-1])
+    assert set(found) == set(DECLARED)
+    assert max(found.values()) < 1e-4
+
+
 def test_adapters_take_part_whether_they_come_before_or_after() -> None:
     peft = pytest.importorskip("peft")
     targets = ["to_q", "to_out.0", "proj_out", "net.2", "proj_mlp"]
@@ -121,6 +166,7 @@ def test_a_layer_in_two_parts() -> None:
     plain = layer(x)
     cut = SegmentedLinear(layer, 4)
     segments = Segments(layer, cut)
+    segments.release()
     assert layer.weight.numel() == 0
     assert torch.equal(cut.weight, whole)
     assert torch.allclose(cut(x), plain, atol=1e-6)

@@ -55,6 +55,10 @@ def norm_cases(width: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[
     for name, how, added, joined in norms(width, dtype, device):
         other = second if joined else None
         yield f"{name} {width}", residual_norm(x, other, added, how), residual.eager(x, other, added, how)
+    turned = values(2, width, 5, dtype=dtype, device=device).transpose(1, 2)
+    plain = Normalizing(Norm("layer", 1e-6))
+    transposed = (turned, None, Added(turned), plain)
+    yield f"transposed {width}", residual_norm(*transposed), residual.eager(*transposed)
     gate = values(2, 1, width, dtype=dtype, device=device)
     only = Added(values(2, 5, width, dtype=dtype, device=device, seed=9), gate)
     yield f"only added {width}", residual_norm(x, None, only, None), residual.eager(x, None, only, None)

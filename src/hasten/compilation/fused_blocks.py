@@ -12,7 +12,7 @@ from hasten.compilation.fusing.attention import FusedAttention, obstacle
 from hasten.compilation.fusing.block import FusedBlock
 from hasten.compilation.fusing.feed_forward import FusedFeedForward
 from hasten.compilation.fusing.modules import is_norm, part
-from hasten.compilation.fusing.segments import SegmentedLinear, Segments
+from hasten.compilation.fusing.segments import SegmentedLinear, Segments, is_plain
 from hasten.core.block import BlockPlan
 from hasten.core.errors import HastenError, NotEngaged
 from hasten.core.intercept import base_class
@@ -54,7 +54,7 @@ class FusedBlocks(Technique):
         for denoiser in target.denoisers:
             for stack, block, plan in _blocks(denoiser):
                 _fuse(stack, block, plan, patch, state)
-            if any(state.cut) and hasattr(denoiser.module, "save_pretrained"):
+            if state.cut and hasattr(denoiser.module, "save_pretrained"):
                 patch.around(denoiser.module, _not_saved, "cannot be saved meanwhile", method="save_pretrained")
 
     def engaged(self, session: Session) -> Evidence:
@@ -86,9 +86,8 @@ class _Fused:
 
 def _all_blocks(denoiser: Denoiser) -> Iterator[tuple[Stack, nn.Module]]:
     """Every block of a class that a stack declares, also those that refine a stream beforehand."""
-    for stack in denoiser.spec.stacks:
-        if stack.plan is not None:
-            yield from ((stack, block) for _, block in denoiser.of_class(stack.block))
+    for stack in {stack.block: stack for stack in denoiser.spec.stacks if stack.plan}.values():
+        yield from ((stack, block) for _, block in denoiser.of_class(stack.block))
 
 
 def _blocks(denoiser: Denoiser) -> Iterator[tuple[Stack, nn.Module, BlockPlan]]:
@@ -126,9 +125,6 @@ def _obstacles(block: nn.Module, plan: BlockPlan) -> Iterator[str]:
     for attention in plan.attention:
         if reason := obstacle(part(block, attention.module), attention):
             yield reason
-    for leaves in (sublayer.beside.leaves for sublayer in plan.sublayers if sublayer.beside):
-        if not isinstance(part(block, leaves), nn.Module):
-            yield f"{leaves} is no layer"
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -158,14 +154,16 @@ def _fuse(stack: Stack, block: nn.Module, plan: BlockPlan, patch: Patch, state: 
 
 def _cut(block: nn.Module, leaves: str, enters: str, patch: Patch, state: _Fused) -> None:
     """Cut a plain layer into the parts for its two inputs; one inside an adapter takes the concatenation as before."""
-    layer, entering = block._modules[leaves], part(block, enters)
-    if layer is None or base_class(layer) is not nn.Linear or base_class(entering) is not nn.Linear:
+    layer = block._modules[leaves]
+    if not is_plain(layer):
         return
     whole = cast(nn.Linear, layer)
-    cut = SegmentedLinear(whole, whole.in_features - cast(nn.Linear, entering).out_features)
+    cut = SegmentedLinear(whole, whole.in_features - part(block, enters).out_features)
     segments = Segments(whole, cut)
     patch.undo(block, f"{leaves} takes its two inputs apart", segments.refill)
-    patch.swap(block, leaves, cut, "takes its two inputs apart")
+    patch.swap(block, leaves, cut, "holds the weight in two parts")
+    if block._modules[leaves] is cut:
+        segments.release()
     state.cut.append(cut)
 
 

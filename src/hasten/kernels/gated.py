@@ -52,8 +52,8 @@ def eager(
     """What the operator returns, by the reference."""
     found = _outcome(_activated(x, kind, other), coding, x.dtype)
     if isinstance(found, Coded):
-        return found.codes, found.scales
-    return found, x.new_empty(0, dtype=torch.float32)
+        return found.codes.contiguous(), found.scales
+    return found.contiguous(), x.new_empty(0, dtype=torch.float32)
 
 
 @_operator.register_fake

@@ -163,7 +163,7 @@ def eager(
     out = None if how is None else _normalized(total if second is None else torch.cat([total, second], 1), how)
     none = x.new_empty(0)
     codes, scales = (out.codes, out.scales) if isinstance(out, Coded) else (none if out is None else out, none.clone())
-    return none.clone() if added is None else total, codes, scales.float()
+    return none.clone() if added is None else total.contiguous(), codes.contiguous(), scales.float()
 
 
 @_operator.register_fake

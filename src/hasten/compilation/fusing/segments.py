@@ -33,7 +33,7 @@ class SegmentedLinear(nn.Linear):
         if second is None:
             x, second = x[..., : self.border], x[..., self.border :]
         found = self.first(x)
-        if isinstance(second, Coded) or not _is_plain(self.second) or self.second.weight.dtype != second.dtype:
+        if isinstance(second, Coded) or not is_plain(self.second) or self.second.weight.dtype != second.dtype:
             return found + self.second(second)
         return _onto(found, second, self.second.weight)
 
@@ -48,9 +48,11 @@ class SegmentedLinear(nn.Linear):
         return self.first.bias
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Is it a linear layer with nothing of other techniques around it?"""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+def is_plain(layer: nn.Module | None) -> bool:
+    """Is it a linear layer with a plain weight and nothing of other techniques or libraries around it?"""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    return type(layer.weight.data) is torch.Tensor and layer.weight.is_floating_point()
 
 
 def _onto(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -73,11 +75,17 @@ class Segments:
 
     def __init__(self, layer: nn.Linear, cut: SegmentedLinear) -> None:
         self._layer, self._parts = layer, (cut.first, cut.second)
-        self._strides = layer.weight.stride()
-        layer.weight.data = layer.weight.data.new_empty(0)
+        self._strides: tuple[int, ...] | None = None
+
+    def release(self) -> None:
+        """Empty the layer's weight; the object stays."""
+        self._strides = self._layer.weight.stride()
+        self._layer.weight.data = self._layer.weight.data.new_empty(0)
 
     def refill(self) -> None:
         """Fill the layer's weight, wherever and in whatever type the parts are now."""
+        if self._strides is None:
+            return
         whole = torch.cat([part.weight.data for part in self._parts], 1)
         new = torch.empty_strided(whole.shape, self._strides, dtype=whole.dtype, device=whole.device)
         self._layer.weight.data = new.copy_(whole)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hasten.kernels.coded import DTYPES, Coding
 from hasten.kernels.triton.tokens import coding_facts
-from hasten.kernels.triton.tools import rotated, store_codes, warps
+from hasten.kernels.triton.tools import by_row, rotated, store_codes, warps
 
 _KINDS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}
 PART = 4096
@@ -54,7 +54,8 @@ def activate(
     x: torch.Tensor, kind: str, other: torch.Tensor | None, coding: Coding | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `kernels.gated` asks for: activated tokens or their codes, and the scales of codes."""
-    flat, second = x.reshape(-1, x.shape[-1]), None if other is None else other.reshape(-1, x.shape[-1])
+    flat = by_row(x.reshape(-1, x.shape[-1]))
+    second = None if other is None else by_row(other.reshape(-1, x.shape[-1]))
     rows, width = flat.shape
     out = torch.empty(x.shape, dtype=DTYPES[coding.kind] if coding else x.dtype, device=x.device)
     scales = torch.empty((*x.shape[:-1], 1) if coding else (0,), dtype=torch.float32, device=x.device)

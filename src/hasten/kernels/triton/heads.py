@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hasten.kernels.rotary import HeadNorm, Heads
-from hasten.kernels.triton.tools import warps
+from hasten.kernels.triton.tools import by_row, warps
 
 
 @triton.jit
@@ -86,6 +86,7 @@ def _launch(
     offset: int,
 ) -> None:  # fmt: skip
     samples, tokens, count, size = x.shape
+    x = by_row(x)
     cos, sin = stream.rotation if stream is not None and stream.rotation is not None else (None, None)
     if cos is not None and sin is not None and cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hasten.kernels.coded import DTYPES, Coding
 from hasten.kernels.residual import Added, Norm, Normalizing
-from hasten.kernels.triton.tools import rotated, stages, store_codes, token_strides, warps
+from hasten.kernels.triton.tools import by_row, rotated, stages, store_codes, token_strides, warps
 
 
 @triton.jit
@@ -119,10 +119,11 @@ def _launch(
 ) -> None:  # fmt: skip
     """Run the kernel on one stream."""
     samples, tokens, width = x.shape
-    y, gate = (added.value, added.gate) if added else (None, None)
+    x = by_row(x)
+    y, gate = (by_row(added.value), _rows(added.gate)) if added else (None, None)
     after = added.after if added else None
     norm = how.norm if how else Norm("layer", 0.0)
-    shift, scale, coding = (how.shift, how.scale, how.coding) if how else (None, None, None)
+    shift, scale, coding = (_rows(how.shift), _rows(how.scale), how.coding) if how else (None, None, None)
     y_strides = (y.stride(0), y.stride(1)) if y is not None else (0, 0)
     size = triton.next_power_of_2(width)
     token_kernel[(samples * tokens,)](
@@ -132,6 +133,10 @@ def _launch(
         ADD=added is not None, AFTER=after is not None, NORM=how is not None, RMS=norm.kind == "rms",
         HALF=x.dtype == torch.float16, **coding_facts(coding), SIZE=size, num_warps=warps(size),
     )  # fmt: skip
+
+
+def _rows(modulation: torch.Tensor | None) -> torch.Tensor | None:
+    return None if modulation is None else by_row(modulation)
 
 
 def coding_facts(coding: Coding | None) -> dict[str, bool | int]:

@@ -60,6 +60,11 @@ def stages(rotation: int) -> tuple[bool, int]:
     return bool(order % 2), order // 2
 
 
+def by_row(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its channels side by side, as kernels read them; models hand over transposed pictures."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def token_strides(modulation: torch.Tensor | None) -> tuple[int, int]:
     """Strides by sample and by token of a modulation, [batch, channels] or [batch, 1 or tokens, channels]."""
     if modulation is None:
