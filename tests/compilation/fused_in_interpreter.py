@@ -23,7 +23,7 @@ def through_kernels() -> None:
 
     residual.eager, gated.eager, rotary.eager = residual_norm, activate, prepare_heads
     for module in (residual, gated, rotary):
-        module.served = lambda *tensors: True
+        module.__dict__["served"] = lambda *tensors: True
 
 
 @torch.no_grad()

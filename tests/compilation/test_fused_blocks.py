@@ -107,7 +107,7 @@ def test_a_feed_forward_in_chunks_runs_the_blocks_own_code() -> None:
     model, given = model_of("dit")
     plain = output(model, given)
     for block in model.transformer_blocks[:3]:  # pyright: ignore[reportIndexIssue]
-        block.set_chunk_feed_forward(8, 1)
+        block.set_chunk_feed_forward(8, 1)  # pyright: ignore
     technique = FusedBlocks()
     with accelerate(model, technique) as session:
         assert torch.allclose(output(model, given), plain, atol=1e-5)
@@ -265,10 +265,9 @@ def test_the_operators_compute_the_same(name: str) -> None:
 
 
 @pytest.mark.usefixtures("through_operators")
-@pytest.mark.parametrize("name", ["flux", "z_image"])
-def test_the_operators_stand_in_compiled_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operators_stand_in_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    model, given = model_of(name)
+    model, given = model_of("flux")
     with accelerate(model, "CompileBlocks(backend='aot_eager')"):
         plain = output(model, given)
     torch._dynamo.reset()
