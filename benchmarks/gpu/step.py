@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.step flux --out benchmarks/gpu/results/flux.json
     python -m benchmarks.gpu.step flux --rows "torchao PerRow" "ours, 8 bits" --size 2048 --out flux_2048.json
+    python -m benchmarks.gpu.step flux --full 10 --steps 28 --out benchmarks/gpu/results/flux_images.json
     python -m benchmarks.gpu.step z-image --out benchmarks/gpu/results/z_image.json
     python -m benchmarks.gpu.step flux --tiny --device cpu --out /dev/null      # tries the script itself
 
@@ -9,7 +10,8 @@ Real architectures with random weights (speed does not depend on them) in diffus
 embeddings to latents. Each row has a model of its own, made from the same seed, and runs three images; calls of the
 denoiser are timed by CUDA events in the second and the third, back to back as they come (sustained; random data). With
 each row: set-up until the first image, memory, the distance of the latents from the plain model's, kernels by kind from
-the profiler, and what nvidia-smi says of clocks and power meanwhile. Rows that cannot run say why.
+the profiler, and what nvidia-smi says of clocks and power meanwhile. Rows that cannot run say why. With `--full`,
+compiled rows compute so many steps of an image in full, cache-dit's and ours the same ones, and reuse in the others.
 """
 
 from __future__ import annotations
@@ -51,6 +53,18 @@ class Bench:
     size: int
     batch: int
     steps: int
+    full: int = 0
+    """Steps of an image that are computed in full; 0 for all."""
+
+    def prepare(self, name: str, pipeline: Any) -> hasten.Session | None:
+        """Do to a pipeline what a row's name says."""
+        steps = mask(self.steps, self.full) if self.full else ""
+        if name in OURS:
+            return hasten.accelerate(pipeline, OURS[name] + (f" | StepMask(mask='{steps}')" if steps else ""))
+        if steps and name != "plain":
+            with_cache_dit(pipeline, steps)
+        PEERS[name](pipeline)
+        return None
 
     def transformer(self) -> Any:
         """The denoiser with random weights, the same each time."""
@@ -157,6 +171,23 @@ OURS = {
 """Recipes by name."""
 
 
+def mask(steps: int, full: int) -> str:
+    """Which steps are computed: a third of them at the beginning, the others evenly to the last."""
+    warm = max(1, full // 3)
+    later = {warm - 1 + round((place + 1) * (steps - warm) / (full - warm)) for place in range(full - warm)}
+    return "".join("1" if step < warm or step in later else "0" for step in range(steps))
+
+
+def with_cache_dit(pipeline: Any, steps: str) -> None:
+    import cache_dit
+
+    config = cache_dit.DBCacheConfig(
+        num_inference_steps=len(steps), Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0,
+        steps_computation_mask=[int(step) for step in steps], steps_computation_policy="static",
+    )  # fmt: skip
+    cache_dit.enable_cache(pipeline, cache_config=config)
+
+
 def measured(bench: Bench, name: str, plain: torch.Tensor | None) -> tuple[Row, torch.Tensor | None]:
     """One row, and the latents it made."""
     release()
@@ -164,10 +195,7 @@ def measured(bench: Bench, name: str, plain: torch.Tensor | None) -> tuple[Row, 
     pipeline, given = bench.pipeline()
     session, remover, began = None, lambda: None, time.perf_counter()
     try:
-        if name in PEERS:
-            PEERS[name](pipeline)
-        else:
-            session = hasten.accelerate(pipeline, OURS[name])
+        session = bench.prepare(name, pipeline)
         times: list[tuple[Any, Any]] = []
         remover = intercept(pipeline.transformer, "__call__", timing(bench, times), outermost=True)
         image = run(bench, pipeline, given)
@@ -285,16 +313,24 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--full", type=int, default=0, help="steps of an image that are computed in full")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     device = torch.device(asked.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size, steps = (128, 2) if asked.tiny else (asked.size, asked.steps)
-    bench = Bench(asked.model, device, dtype, asked.tiny, size, asked.batch, steps)
+    size, steps = (128, max(2, 2 * asked.full)) if asked.tiny else (asked.size, asked.steps)
+    bench = Bench(asked.model, device, dtype, asked.tiny, size, asked.batch, steps, asked.full)
     names = [n for n in (*PEERS, *OURS) if not asked.rows or n == "plain" or any(part in n for part in asked.rows)]
     rows, plain = list[Row](), None
-    what = {"model": MODELS[bench.model], "size": size, "batch": bench.batch, "steps": steps, "tiny": bench.tiny}
+    what = {
+        "model": MODELS[bench.model],
+        "size": size,
+        "batch": bench.batch,
+        "steps": steps,
+        "full": asked.full,
+        "tiny": bench.tiny,
+    }
     packages = {name: installed(name) for name in ("triton", "torchao", "cache-dit", "fa3-fwd")}
     facts = {**environment(device), **{name: version for name, version in packages.items() if version}}
     for name in names:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import nn
 
-from hasten.compilation.fusing.attention import FusedAttention, obstacle
+from hasten.compilation.fusing.attention import FusedAttention
+from hasten.compilation.fusing.attention import obstacle as attention_obstacle
 from hasten.compilation.fusing.block import FusedBlock
 from hasten.compilation.fusing.feed_forward import FusedFeedForward
 from hasten.compilation.fusing.modules import is_norm, part
@@ -22,6 +24,7 @@ from hasten.core.spec import Stack
 from hasten.core.target import Denoiser, Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique
 from hasten.core.workload import Workload
+from hasten.kernels.serving import launches, obstacle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +66,10 @@ class FusedBlocks(Technique):
         ran, inside = sum(one.ran for one in state.blocks), sum(one.ran for one in state.inside)
         if not ran:
             raise NotEngaged("no block was run from its declaration.")
-        how = "with Triton's kernels" if session.target.device.type == "cuda" else "by PyTorch's own operators"
+        cut = f"; {len(state.cut)} layers take their two inputs without a concatenation" if state.cut else ""
         return Evidence(
-            summary=f"{ran} of {len(state.blocks)} blocks ran fused {how}, and inside of them {inside} of "
-            f"{len(state.inside)} attention and feed-forward modules"
-            + (f"; {len(state.cut)} layers take their two inputs without a concatenation" if state.cut else "")
+            summary=f"{ran} of {len(state.blocks)} blocks ran from their declarations, and inside of them {inside} of "
+            f"{len(state.inside)} attention and feed-forward modules, {state.passes(session.target.device)}{cut}"
         )
 
     def cost(self, target: Target, workload: Workload) -> Cost:
@@ -82,6 +84,13 @@ class _Fused:
         self.blocks: list[FusedBlock] = []
         self.inside: list[FusedAttention | FusedFeedForward] = []
         self.cut: list[SegmentedLinear] = []
+        self._before = launches.copy()
+
+    def passes(self, device: torch.device) -> str:
+        """What has computed between the products."""
+        if made := (launches - self._before).total():
+            return f"with {made} passes of Triton's kernels"
+        return f"by PyTorch's operators, as {obstacle(device) or 'gradients were to be computed'}"
 
 
 def _all_blocks(denoiser: Denoiser) -> Iterator[tuple[Stack, nn.Module]]:
@@ -123,7 +132,7 @@ def _obstacles(block: nn.Module, plan: BlockPlan) -> Iterator[str]:
         norms = [part(block, path) for path in (one.norm, one.after) if path]
         yield from (f"{base_class(n).__name__} is no norm that is known" for n in norms if not is_norm(n))
     for attention in plan.attention:
-        if reason := obstacle(part(block, attention.module), attention):
+        if reason := attention_obstacle(part(block, attention.module), attention):
             yield reason
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hasten.core.block import Activation
 from hasten.kernels.coded import DTYPES, Coded, Coding, code
-from hasten.kernels.serving import codes_float8, served
+from hasten.kernels.serving import codes_float8, launches, served
 
 
 def activate(
@@ -43,6 +43,7 @@ def _operator(
         return eager(x, kind, other, rounding)
     from hasten.kernels.triton.activate import activate as launch
 
+    launches["activate"] += 1
     return launch(x, kind, other, rounding)
 
 

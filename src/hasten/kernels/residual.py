@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from hasten.kernels.coded import DTYPES, Coded, Coding, code
-from hasten.kernels.serving import codes_float8, served
+from hasten.kernels.serving import codes_float8, launches, served
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ def _operator(
         return eager(x, second, added, how)
     from hasten.kernels.triton.tokens import residual_norm
 
+    launches["residual_norm"] += 1
     return residual_norm(x, second, added, how)
 
 

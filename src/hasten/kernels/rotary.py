@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.kernels.serving import served
+from hasten.kernels.serving import launches, served
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, [batch or 1, tokens, size / 2]; pair i of neighbouring channels turns by the angle i."""
@@ -100,6 +100,7 @@ def _operator(
         return eager(streams, norm)
     from hasten.kernels.triton.heads import prepare_heads
 
+    launches["prepare_heads"] += 1
     return prepare_heads(streams, norm)
 
 
