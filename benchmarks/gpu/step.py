@@ -323,14 +323,7 @@ def main() -> None:
     bench = Bench(asked.model, device, dtype, asked.tiny, size, asked.batch, steps, asked.full)
     names = [n for n in (*PEERS, *OURS) if not asked.rows or n == "plain" or any(part in n for part in asked.rows)]
     rows, plain = list[Row](), None
-    what = {
-        "model": MODELS[bench.model],
-        "size": size,
-        "batch": bench.batch,
-        "steps": steps,
-        "full": asked.full,
-        "tiny": bench.tiny,
-    }
+    what = {name: getattr(bench, name) for name in ("model", "size", "batch", "steps", "full", "tiny")}
     packages = {name: installed(name) for name in ("triton", "torchao", "cache-dit", "fa3-fwd")}
     facts = {**environment(device), **{name: version for name, version in packages.items() if version}}
     for name in names:
