@@ -6,14 +6,15 @@ One pass less over the activations than where the product rounds its own input; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
+from hasten.kernels import gpu
 from hasten.kernels.activations import float8_tokens, int8_tokens
+from hasten.kernels.call import Product
 from hasten.kernels.hadamard import rotate
 from hasten.kernels.weight import TENSORS, QuantizedWeight
 
@@ -57,76 +58,28 @@ def code(values: torch.Tensor, coding: Coding, dtype: torch.dtype) -> Coded:
     return Coded(codes.reshape(inner.shape), scales.reshape(*inner.shape[:-1], 1), dtype)
 
 
-@dataclass(frozen=True)
-class CodedKernel:
-    """A way to multiply codes with codes."""
-
-    name: str
-    takes: Callable[[torch.Tensor, QuantizedWeight], bool]
-    """Can it do these codes, [tokens, inputs], and this weight?"""
-    run: Callable[[torch.Tensor, torch.Tensor, QuantizedWeight, torch.Tensor | None, torch.dtype], torch.Tensor]
-    """Codes, scales [tokens, 1], weight, bias and the result's type to [tokens, outputs]."""
-
-
-def _reference(
+def reference(
     codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
+    """Codes [tokens, inputs] and scales [tokens, 1] times the weight's values, in float32."""
     matrix = weight.dequantize().reshape(weight.shape[0], -1)
     return F.linear(codes.float() * scales, matrix, None if bias is None else bias.float()).to(dtype)
 
 
-def _by_row(weight: QuantizedWeight) -> bool:
-    """Is the weight nothing but codes with one scale for each output, [outputs, inputs]?"""
-    whole = weight.columns == weight.codes.shape[-1] and weight.codes.shape[0] == weight.shape[0]
-    return whole and set(weight.tensors()) == {"codes", "scale"} and weight.groups == 1
-
-
-def _even(codes: torch.Tensor, weight: QuantizedWeight) -> bool:
-    return codes.is_cuda and codes.shape[1] % 16 == 0 and weight.shape[0] % 16 == 0 and _by_row(weight)
-
-
-def _takes_float8(codes: torch.Tensor, weight: QuantizedWeight) -> bool:
-    kinds = {codes.dtype, weight.codes.dtype}
-    return kinds == {torch.float8_e4m3fn} and _even(codes, weight) and torch.cuda.get_device_capability() >= (8, 9)
-
-
-def _float8(
-    codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """cuBLAS. Scales by row need bfloat16 results; other types are made of those."""
-    columns = weight.scale.codes.float().reshape(-1, 1).expand(weight.shape[0], 1).t().contiguous()
-    worked = bias if bias is None else bias.to(torch.bfloat16)
-    found = torch._scaled_mm(
-        codes, weight.codes.t(), scale_a=scales, scale_b=columns, bias=worked, out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )  # fmt: skip
-    return found.to(dtype)
-
-
-def _takes_int8(codes: torch.Tensor, weight: QuantizedWeight) -> bool:
-    return {codes.dtype, weight.codes.dtype} == {torch.int8} and _even(codes, weight) and codes.shape[0] > 16
-
-
-def _int8(
-    codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    sums = torch._int_mm(codes, weight.codes.t())
-    found = sums.float() * scales * weight.scale.codes.float().reshape(1, -1)
-    return (found if bias is None else found + bias.float()).to(dtype)
-
-
-def coded_kernels() -> list[CodedKernel]:
-    """All kernels in order of preference; the reference can do all."""
-    return [
-        CodedKernel("cublas float8", _takes_float8, _float8),
-        CodedKernel("cublas int8", _takes_int8, _int8),
-        CodedKernel("reference", lambda *_: True, _reference),
-    ]
-
-
 def gains(kind: Kind, device: torch.device) -> bool:
     """Is there a kernel for codes of this kind on the device with which rounding beforehand saves a pass?"""
-    return kind == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return gpu.usable(device) and (kind == "int8" or gpu.has_float8(device))
+
+
+def _by_kernel(
+    codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    if not codes.is_cuda:
+        return None
+    # Stands for what was rounded, which nobody reads any more.
+    x = torch.empty((1, 1), dtype=dtype, device=codes.device).expand(codes.shape)
+    kind = "int8" if codes.dtype == torch.int8 else "float8"
+    return gpu.multiply_codes(Product(x, weight, bias, kind), codes.contiguous(), scales.flatten())
 
 
 @torch.library.custom_op("hasten::coded_linear", mutates_args=())
@@ -136,8 +89,8 @@ def _operator(
 ) -> torch.Tensor:  # fmt: skip
     named = {name: tensor for name, tensor in zip(TENSORS, tensors, strict=True) if tensor is not None}
     weight = QuantizedWeight.of(shape, number, columns, named)
-    kernel = next(kernel for kernel in coded_kernels() if kernel.takes(codes, weight))
-    return kernel.run(codes, scales, weight, bias, dtype)
+    found = _by_kernel(codes, scales, weight, bias, dtype)
+    return reference(codes, scales, weight, bias, dtype) if found is None else found
 
 
 @_operator.register_fake

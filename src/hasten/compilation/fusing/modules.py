@@ -17,6 +17,10 @@ from hasten.kernels.residual import Norm
 _LAYER, _RMS = ("LayerNorm", "FP32LayerNorm"), ("RMSNorm",)
 
 
+_NUMBERS = {"int8": "int8", "float8": "float8_e4m3fn"}
+"""Kinds of rounded activations, and the weights they are multiplied with code by code."""
+
+
 def part(module: nn.Module, path: str) -> Any:
     """What is at a path inside a module now; other techniques may have replaced it."""
     found: Any = module
@@ -55,8 +59,8 @@ def empty(value: Any) -> bool:
 def coding_of(layers: Sequence[Any], device: torch.device) -> Coding | None:
     """How the common input of some layers may be rounded beforehand; None where they need it as it is.
 
-    They need it where one is not quantized, rounds otherwise than the others or with a fixed scale, or has a side
-    branch, which works on the unrounded input; and it is left to them where nothing would be gained.
+    They need it where one is not quantized, rounds otherwise than the others or with a fixed scale, has scales of
+    groups, or a side branch, which works on the unrounded input; and it is left to them where nothing is gained.
     """
     found = [_coding(layer) for layer in layers]
     first = found[0]
@@ -67,11 +71,13 @@ def coding_of(layers: Sequence[Any], device: torch.device) -> Coding | None:
 
 def _coding(layer: Any) -> Coding | None:
     layer = getattr(layer, "computed_by", layer)
-    if not isinstance(layer, QuantizedLinear) or layer.activations not in ("int8", "float8"):
+    if not isinstance(layer, QuantizedLinear) or _NUMBERS.get(layer.activations) != layer.number:
         return None
-    if layer.down is not None or layer.input_scale is not None:
+    parts = (layer.down, layer.input_scale, layer.minimum, layer.zero, layer.compute, layer.threshold or None)
+    rows = layer.columns == layer.shape[1] and layer.shape[1] % 32 == 0 and layer.scale.shape[1] == 1
+    if not rows or any(one is not None for one in parts):
         return None
-    return Coding(layer.activations, layer.smooth, layer.rotation)
+    return Coding(layer.activations, layer.smooth, layer.rotation)  # pyright: ignore[reportArgumentType]
 
 
 def _alike(one: Coding, other: Coding) -> bool:

@@ -1,1 +1,1 @@
-"""Kernels in Triton's language; each has an eager reference, and is imported only where it is to run."""
+"""Kernels in Triton for GPUs. Nothing here is imported before work on a GPU asks for it."""
