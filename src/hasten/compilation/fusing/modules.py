@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,10 +71,13 @@ def coding_of(layers: Sequence[Any], device: torch.device) -> Coding | None:
 
 def _coding(layer: Any) -> Coding | None:
     layer = getattr(layer, "computed_by", layer)
-    if not isinstance(layer, QuantizedLinear) or _NUMBERS.get(layer.activations) != layer.number:
+    if not isinstance(layer, QuantizedLinear):
+        return None
+    scale = cast(torch.Tensor, layer.scale)
+    if _NUMBERS.get(layer.activations) != layer.number:
         return None
     parts = (layer.down, layer.input_scale, layer.minimum, layer.zero, layer.compute, layer.threshold or None)
-    rows = layer.columns == layer.shape[1] and layer.shape[1] % 32 == 0 and layer.scale.shape[1] == 1
+    rows = layer.columns == layer.shape[1] and layer.shape[1] % 32 == 0 and scale.shape[1] == 1
     if not rows or any(one is not None for one in parts):
         return None
     return Coding(layer.activations, layer.smooth, layer.rotation)  # pyright: ignore[reportArgumentType]
