@@ -141,13 +141,31 @@ def _groups(how: Tile, product: Product) -> torch.Tensor:
 
 
 def _scaled(product: Product) -> torch.Tensor:
-    codes, scales = _rounded(product)
+    return _scaled_codes(product, *_rounded(product))
+
+
+def _scaled_codes(product: Product, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     bias = None if product.bias is None else product.bias.to(torch.bfloat16)
     columns = row_scales(product.weight)[None, :]
     return torch._scaled_mm(
         codes, product.weight.codes.t(), scales[:, None], columns, bias=bias, out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
+
+
+def multiply_codes(product: Product, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:
+    """The product for an input that was rounded before, codes [tokens, inputs] and scales [tokens].
+
+    `product.x` tells sizes and type and is not read. None where no kernel takes it.
+    """
+    if not usable(codes.device) or not _takes_rows(product):
+        return None
+    if _takes_scaled(product):
+        return _scaled_codes(product, codes, scales)
+    from hasten.kernels.triton import launch
+
+    size = next(size for most, *size in _LARGE if codes.shape[0] <= most)
+    return launch.by_rows(product, codes, scales, launch.Tile(*size))
 
 
 def _rounded(product: Product) -> tuple[torch.Tensor, torch.Tensor]:

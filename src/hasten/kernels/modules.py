@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hasten.kernels import coded
 from hasten.kernels.activations import Activations
+from hasten.kernels.coded import Coded
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.prepared import prepare, raw_weight
 from hasten.kernels.product import operate
@@ -186,9 +188,12 @@ class QuantizedLinear(Quantized, nn.Linear):  # pyright: ignore[reportIncompatib
         """Channels of the output."""
         return self.shape[0]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in nn.Linear
-        """[..., inputs] to [..., outputs]."""
-        return self.product(input)
+    def forward(self, input: torch.Tensor | Coded) -> torch.Tensor:  # noqa: A002 - the name in nn.Linear
+        """[..., inputs] to [..., outputs]; the input may come rounded as this layer rounds it."""
+        if not isinstance(input, Coded):
+            return self.product(input)
+        tensors = [self._buffers[name] for name in TENSORS]
+        return coded.operate(input, tensors, self.bias, self.shape, self.number, self.columns)
 
 
 class QuantizedConv2d(Quantized, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]

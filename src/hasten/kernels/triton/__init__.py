@@ -1,1 +1,1 @@
-"""Kernels in Triton for GPUs. Nothing here is imported before a product on a GPU asks for it."""
+"""Kernels in Triton for GPUs. Nothing here is imported before work on a GPU asks for it."""
