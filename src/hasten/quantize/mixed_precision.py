@@ -54,7 +54,9 @@ class MixedPrecision(CalibratedQuantizer):
     group: int = field(
         default=64, metadata=about("inputs that share a scale (the greatest common divisor with the layer's)", ge=8)
     )
-    rounding: Literal["gptq", "nearest"] = field(default="gptq", metadata=about("how weights are rounded"))
+    rounding: Literal["gptq", "nearest"] = field(
+        default="gptq", metadata=about("how weights are rounded", trial="nearest")
+    )
     plan: str = field(
         default=AUTO, metadata=about("file of measured sensitivities; auto: the model's own, if there are any")
     )
