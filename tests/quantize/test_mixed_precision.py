@@ -16,6 +16,7 @@ from hasten.quantize.engine.knapsack import Choice, choose
 from hasten.quantize.engine.sites import Site
 from hasten.quantize.engine.statistics import Running
 from hasten.quantize.engine.watching import Statistics, WatchedLayer, key_of
+from hasten.quantize.mixed_precision import places_alike
 
 
 def best(layers: dict[str, list[Choice]], budget: float) -> float:
@@ -113,3 +114,26 @@ def test_gains_are_of_one_model(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(HastenError, match="no sensitivities"):
         load_gains(file, "ab")
+
+
+def test_layers_that_have_to_be_alike_share_what_they_get() -> None:
+    places = [layer("blocks.0.a"), layer("blocks.1.a"), layer("proj_out")]
+    places[1].layer.weight.data[:, 5] *= 30
+    known = known_of({key_of(place): torch.randn(200, 64) for place in places})
+    names = {key_of(place): "Block.a" for place in places[:2]}
+    gains = dict(zip(map(key_of, places), (1.0, 1.0, 1e3), strict=True))
+    chosen = MixedPrecision(bits=4.0).chosen(places, known, gains, names)
+    assert chosen["transformer/blocks.0.a"] == chosen["transformer/blocks.1.a"] != chosen["transformer/proj_out"]
+    assert sum(16 if bits == "kept" else int(bits) for bits in chosen.values()) <= 12
+
+
+def test_places_alike_are_those_of_blocks_that_repeat() -> None:
+    from hasten.core.target import Target
+    from tests.contract.rigs import make
+
+    target = Target.of(make("flux"))
+    found = MixedPrecision().takes(target)
+    names = places_alike(target, found)
+    first, second = (names[f"transformer/transformer_blocks.{n}.ff.net.2"] for n in (0, 1))
+    assert first == second != names["transformer/transformer_blocks.0.ff_context.net.2"]
+    assert "transformer/proj_out" not in names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hasten.core.errors import HastenError, InvalidSetting
+from hasten.core.intercept import base_class
 from hasten.core.patch import Patch
 from hasten.core.target import Target
 from hasten.core.technique import about
@@ -57,6 +58,12 @@ class MixedPrecision(CalibratedQuantizer):
     rounding: Literal["gptq", "nearest"] = field(
         default="gptq", metadata=about("how weights are rounded", trial="nearest")
     )
+    alike: bool = field(
+        default=True,
+        metadata=about(
+            "blocks of one kind get the same bits in the same places, so that one compiled graph serves all"
+        ),
+    )
     plan: str = field(
         default=AUTO, metadata=about("file of measured sensitivities; auto: the model's own, if there are any")
     )
@@ -83,7 +90,7 @@ class MixedPrecision(CalibratedQuantizer):
         """Decide for all layers, then quantize them one by one; None for those that stay."""
         found = self.takes(target)
         known = Calibrated(self.statistics).known(target, found)
-        chosen = self.chosen(found, known, self.gains(target))
+        chosen = self.chosen(found, known, self.gains(target), places_alike(target, found) if self.alike else {})
         return lambda site: self._quantized(site, known.of(site), chosen[key_of(site)])
 
     def gains(self, target: Target) -> dict[str, float]:
@@ -93,15 +100,20 @@ class MixedPrecision(CalibratedQuantizer):
         file = usual_gains(weights) if self.plan == AUTO else Path(self.plan).expanduser()
         return load_gains(file, weights) if self.plan != AUTO or file.is_file() else {}
 
-    def chosen(self, found: Sequence[Site], known: Statistics, gains: dict[str, float]) -> dict[str, str]:
-        """What each layer gets: a number of bits, or "kept"."""
+    def chosen(
+        self, found: Sequence[Site], known: Statistics, gains: dict[str, float], alike: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """What each layer gets: a number of bits, or "kept". Layers with the same name in `alike` get the same."""
         usual = sorted(gains.values())[len(gains) // 2] if gains else 1.0
-        layers = {
-            key_of(site): list(self._choices(site, known.of(site), gains.get(key_of(site), usual))) for site in found
-        }
+        together: dict[str, list[list[Choice]]] = {}
+        names = {key_of(site): (alike or {}).get(key_of(site), key_of(site)) for site in found}
+        for site in found:
+            choices = self._choices(site, known.of(site), gains.get(key_of(site), usual))
+            together.setdefault(names[key_of(site)], []).append(list(choices))
         total = sum(site.weight.numel() for site in found)
         budget = bytes_of(self.memory) * 8.0 if self.memory else self.bits * total
-        return {name: choice.name for name, choice in choose(layers, budget).items()}
+        taken = choose({name: _summed(several) for name, several in together.items()}, budget)
+        return {layer: taken[name].name for layer, name in names.items()}
 
     @torch.no_grad()
     def _choices(self, site: Site, known: InputStatistics, gain: float) -> Iterator[Choice]:
@@ -137,6 +149,25 @@ class MixedPrecision(CalibratedQuantizer):
         """A layer with the mean number of bits."""
         weight = quantize_integer(site.weight, round(min(self.bits, 8)), self.group, symmetric=False, scales=SCALES)
         return quantized_layer(site, weight)
+
+
+def _summed(several: Sequence[Sequence[Choice]]) -> list[Choice]:
+    """The same choice for several layers."""
+    return [Choice(c[0].name, sum(o.size for o in c), sum(o.error for o in c)) for c in zip(*several, strict=True)]
+
+
+def places_alike(target: Target, found: Sequence[Site]) -> dict[str, str]:
+    """A common name for layers in the same place of blocks that one compiled graph could serve."""
+    names: dict[str, str] = {}
+    for denoiser in target.denoisers:
+        blocks = dict(denoiser.of_class(*denoiser.spec.repeated_blocks))
+        for site in found:
+            inside = [path for path in blocks if site.path.startswith(f"{path}.")]
+            if site.component == denoiser.name and inside:
+                path = max(inside, key=len)
+                place = f"{base_class(blocks[path]).__name__}.{site.path[len(path) + 1 :]}"
+                names[key_of(site)] = f"{denoiser.name} {place} {tuple(site.weight.shape)}"
+    return names
 
 
 def bytes_of(text: str) -> int:
