@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ from hasten.core.target import Target
 from hasten.kernels import coded, gated, residual, rotary
 from hasten.kernels.coded import Coded
 from hasten.kernels.modules import QuantizedLinear
-from hasten.quantize import Int8Linear
+from hasten.quantize import Int8Linear, LoRA
 from tests.contract.rigs import make, moved
+from tests.quantize.lora_files import matrices, peft_file
 
 DECLARED = [name for name, spec in specs().items() if any(stack.plan for stack in spec.stacks)]
 
@@ -158,6 +160,17 @@ def test_adapters_take_part_whether_they_come_before_or_after() -> None:
         assert torch.allclose(output(model, given), plain, atol=1e-5)
     model.disable_adapters()  # pyright: ignore
     assert (output(model, given) - plain).abs().max() > 1e-3
+
+
+def test_adapter_files_reach_the_layers_that_were_cut(tmp_path: Path) -> None:
+    rig = make("flux")
+    pairs = matrices(rig, only=("to_q", "proj_out"))
+    file = peft_file(tmp_path / "adapter.safetensors", pairs)
+    with rig.accelerated(LoRA(adapters=(file,), scales=(0.7,))):
+        expected = rig.run()
+    with rig.accelerated(LoRA(adapters=(file,), scales=(0.7,)), FusedBlocks()):
+        assert torch.allclose(rig.run(), expected, atol=1e-5)
+    assert (rig.run() - expected).abs().max() > 0.1
 
 
 def test_a_layer_in_two_parts() -> None:
