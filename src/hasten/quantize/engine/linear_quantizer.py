@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,8 @@ from hasten.core.target import Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
+from hasten.kernels.rounding import quantize_integer
+from hasten.quantize.engine.build import quantized_layer
 from hasten.quantize.engine.originals import Originals, set_aside
 from hasten.quantize.engine.sites import Site, chosen_components, obstacles, sites
 
@@ -39,6 +42,9 @@ class LinearQuantizer(Technique):
     skip: tuple[str, ...] = field(
         default=(), metadata=about("layers that stay as they are, as patterns of their paths")
     )
+    finer: tuple[str, ...] = field(
+        default=(), metadata=about("layers that get 8-bit integers instead, as patterns of their paths")
+    )
     originals: Literal["keep", "cpu", "drop"] = field(
         default="cpu",
         metadata=about("where the original weights wait: where they are, in host memory, or nowhere (for good)"),
@@ -50,6 +56,13 @@ class LinearQuantizer(Technique):
 
         Usually a `Quantized`; what another library makes of the layer will do, if its state_dict holds all it keeps.
         """
+
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module | None]:
+        """What quantizes the layers of a target one by one, or leaves some (None).
+
+        Calibrated techniques know more than a single layer.
+        """
+        return self.quantize
 
     def claims(self) -> tuple[str, ...]:
         """The weights of the linears of its components."""
@@ -75,19 +88,23 @@ class LinearQuantizer(Technique):
     def apply(self, target: Target, patch: Patch) -> None:
         """Quantize layer by layer, and put the results in their places."""
         state = patch.keep(Replaced(Originals(self.originals)))
+        quantize = self.quantizer(target, patch)
         for site in self.takes(target):
-            module = self._quantized(site)
+            if (module := _named(self._finer if self.is_finer(site) else quantize, site)) is None:
+                continue
             state.add(site, module)
             patch.swap(site.parent, site.name, module, self.describe(module))
             set_aside(site.layer, state.originals, patch)
         for name in chosen_components(target, self.components):
             patch.around(target.modules[name], state.count, "calls are counted")
 
-    def _quantized(self, site: Site) -> nn.Module:
-        try:
-            return self.quantize(site)
-        except HastenError as error:
-            raise HastenError(f"{site.component}.{site.path}: {error}") from error
+    def is_finer(self, site: Site) -> bool:
+        """Does a layer get 8-bit integers instead of what the technique makes of others?"""
+        return any(fnmatchcase(site.path, pattern) for pattern in self.finer)
+
+    def _finer(self, site: Site) -> Quantized:
+        """Rounded row by row, with inputs as they are: what costs least fidelity."""
+        return quantized_layer(site, quantize_integer(site.weight, 8))
 
     def describe(self, module: nn.Module) -> str:
         """What stands in the session's log for a replaced layer."""
@@ -113,9 +130,10 @@ class LinearQuantizer(Technique):
 
     def stored(self, site: Site) -> int:
         """Bytes that the layer will take in place of its weight."""
+        quantize = self._finer if self.is_finer(site) else self.quantize
         layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = nn.Parameter(torch.empty_like(site.weight, device="meta"), requires_grad=False)
-        return kept_bytes(self.quantize(replace(site, layer=layer)))
+        return kept_bytes(quantize(replace(site, layer=layer)))
 
 
 class Replaced:
@@ -124,13 +142,15 @@ class Replaced:
     def __init__(self, originals: Originals) -> None:
         self.originals, self.calls = originals, 0
         self.places: list[tuple[Site, nn.Module]] = []
-        self.bytes_before, self.elements = 0, 0
+        self.bytes_before = self.bytes_after = self.elements = 0
 
     def add(self, site: Site, module: nn.Module) -> None:
         """Note a replaced layer."""
         self.places.append((site, module))
         self.bytes_before += site.weight.nbytes
         self.elements += site.weight.numel()
+        # Counted now: adapters may be given room in the same buffers later.
+        self.bytes_after += kept_bytes(module)
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A link around a network."""
@@ -144,7 +164,7 @@ class Replaced:
             raise NotEngaged("no network with quantized layers was called.")
         if gone := sum(not in_place(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
-        now = sum(kept_bytes(module) for _, module in self.places)
+        now = self.bytes_after
         if now >= self.bytes_before:
             raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
         bits = 8 * now / self.elements
@@ -152,6 +172,13 @@ class Replaced:
             summary=f"{len(self.places)} weights of {self.bytes_before / 2**20:.2f} MiB are stored in "
             f"{now / 2**20:.2f} MiB ({bits:.2f} bits a weight) and took part in {self.calls} calls"
         )
+
+
+def _named(quantize: Callable[[Site], nn.Module | None], site: Site) -> nn.Module | None:
+    try:
+        return quantize(site)
+    except HastenError as error:
+        raise HastenError(f"{site.component}.{site.path}: {error}") from error
 
 
 def _kind(site: Site) -> object:

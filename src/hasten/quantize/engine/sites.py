@@ -64,17 +64,30 @@ def chosen_components(target: Target, patterns: Iterable[str]) -> list[str]:
     return [name for name in target.modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def sites(target: Target, components: Iterable[str], skip: Iterable[str], convolutions: bool = False) -> list[Site]:
+def sites(
+    target: Target,
+    components: Iterable[str],
+    skip: Iterable[str],
+    convolutions: bool = False,
+    *,
+    everywhere: bool = False,
+) -> list[Site]:
     """The linears (and 1 x 1 convolutions) in the blocks of components, less those that match `skip`.
 
     A linear whose input is prepared (smoothed, rotated) counts as one site; its `layer` is the one with the weight.
-    What stands outside of numbered blocks - embeddings, the first and the last projection - is never taken, nor are
-    adapters (LoRA), layers that the model wants in float32, weights that another technique has taken over, and layers
-    whose inputs or outputs are no multiple of 8, of which neither packed rows nor products of 8 bits can be made.
+    What stands outside of numbered blocks - embeddings, the first and the last projection - is taken only if
+    `everywhere` is set. Never taken are adapters (LoRA), layers that the model wants in float32, weights that another
+    technique has taken over, and layers whose inputs or outputs are no multiple of 8, of which neither packed rows
+    nor products of 8 bits can be made.
     """
-    return [
-        site for name in chosen_components(target, components) for site in _in(target, name, tuple(skip), convolutions)
-    ]
+    names, left_out = chosen_components(target, components), tuple(skip)
+    found = (site for name in names for site in _in(target, name, left_out, convolutions))
+    return [site for site in found if everywhere or in_block(site.path)]
+
+
+def in_block(path: str) -> bool:
+    """Is a layer of that path in a numbered block?"""
+    return any(part.isdigit() for part in path.split("."))
 
 
 def obstacles(component: str, found: list[Site]) -> Iterator[str]:
@@ -98,7 +111,7 @@ def _in(target: Target, component: str, skip: tuple[str, ...], convolutions: boo
         wrapper = module if isinstance(module, PreparedLinear) else None
         layer = wrapper.linear if wrapper else module
         parts = path.split(".")
-        if not _takes(layer, convolutions) or not any(part.isdigit() for part in parts) or wide.intersection(parts):
+        if not _takes(layer, convolutions) or wide.intersection(parts):
             continue
         if id(module) in inner or id(layer.weight) in away:
             continue

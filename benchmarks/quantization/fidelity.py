@@ -1,0 +1,180 @@
+"""What each way to quantize does to the pictures of the bundled models, at which size.
+
+    python benchmarks/quantization/fidelity.py --out benchmarks/quantization/fidelity.json
+    python benchmarks/quantization/fidelity.py --models emoji-flux --recipes "GPTQ()" "SVDQuant(rank=8)" --pictures 8
+
+Same prompts, seeds and 28 steps with and without a recipe; statistics are gathered from other prompts and seeds. Sizes
+count everything that stands in place of the weights that were quantized: codes, scales, zero points, factors and side
+branches. The file is written after each row, and rows that it holds already are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+import hasten
+from hasten.cli.common import quiet
+from hasten.core.errors import HastenError
+from hasten.core.expression import load_recipe
+from hasten.core.files import atomic_write_text, json_text, read_json
+from hasten.core.recipe import Recipe
+from hasten.core.session import Session
+from hasten.core.target import Target
+from hasten.core.technique import Stage
+from hasten.core.weights import weights_hash
+from hasten.measure.environment import environment
+from hasten.measure.quality import Fidelity, fidelities
+from hasten.measure.rendering import render
+from hasten.quantize.engine.gains_file import usual_gains
+from hasten.quantize.engine.linear_quantizer import Replaced
+from hasten.quantize.engine.statistics_file import usual_file
+from hasten.search.quantization.collect import collect
+from hasten.search.quantization.sensitivity import measure_gains
+
+HERE = Path(__file__).parent
+PROMPTS = HERE.parent / "caching" / "prompts.json"
+CALIBRATED = 32
+"""Pictures that statistics are gathered from; none of them is compared later."""
+MODELS = ("emoji-flux", "emoji-sd", "emoji-dit")
+RECIPES = (
+    # 8 bits, weights and activations
+    "Int8Linear()",
+    "SmoothQuant() | Int8Linear()",
+    "SmoothQuant(alpha='auto') | Int8Linear()",
+    "HadamardRotation() | Int8Linear()",
+    "Float8Linear()",
+    # 4 bits without calibration
+    "WeightOnly(bits=4)",
+    "WeightOnly(bits=4, symmetric=True)",
+    "BitsAndBytes(bits=4)",
+    "GGUF(type='Q4_0')",
+    "GGUF(type='Q4_K')",
+    # 4 bits with calibration
+    "AWQ()",
+    "GPTQ()",
+    "GPTQ(symmetric=True)",
+    "SVDQuant(rank=32)",
+    "SVDQuant(rank=32, gptq=True)",
+    "SVDQuant(rank=32, activations=4)",
+    "SVDQuant(rank=32, activations=4, smooth=False)",
+    # a rank in proportion to the width, as 32 is to that of FLUX, and others of that size
+    "AWQ(group=32)",
+    "GPTQ(group=32)",
+    "SVDQuant(rank=2, activations=16, gptq=True)",
+    "SVDQuant(rank=2, activations=16, gptq=True, symmetric=False, smooth=False)",
+    # as large as SVDQuant of rank 32 on layers as narrow as these
+    "GPTQ(bits=8)",
+    # bits by layer
+    "WeightOnly(bits=5)",
+    "MixedPrecision(bits=5, rounding='nearest')",
+    "GPTQ(bits=5)",
+    "MixedPrecision(bits=5)",
+    "MixedPrecision(bits=4)",
+)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--out", type=Path, default=HERE / "fidelity.json")
+    options = parser.parse_args()
+    quiet()
+    for name in options.models:
+        Rows(name, options.pictures, options.out, options.device).run(options.recipes)
+
+
+class Rows:
+    """One model with its plain pictures, and the file that rows go to."""
+
+    def __init__(self, name: str, pictures: int, file: Path, device: str | None) -> None:
+        self.model = hasten.load(name, device=device)
+        self.name, self.file, self.pictures = name, file, pictures
+        prompts: Any = read_json(PROMPTS)
+        self.prompts: dict[str, list[tuple[str, int]]] = prompts["models"][name]
+        self.device = Target.of(self.model.pipeline).device
+        self.images: list[Any] = []
+
+    def run(self, recipes: list[str]) -> None:
+        """The rows that the file lacks."""
+        data: Any = read_json(self.file) if self.file.exists() else {"schema": 1, "rows": []}
+        data["environment"] = environment(self.device)
+        done = {(row["model"], row["recipe"], row["pictures"]) for row in data["rows"]}
+        for text in recipes:
+            if (self.name, text, self.pictures) not in done:
+                data["rows"].append(self.row(text))
+                atomic_write_text(self.file, json_text(data))
+
+    def row(self, text: str) -> dict[str, Any]:
+        """One recipe's row; also that it could not run."""
+        facts: dict[str, Any] = {"model": self.name, "recipe": text, "pictures": self.pictures}
+        try:
+            facts |= self.measured(load_recipe(text))
+            print(f"{self.name:11s} {facts['bits']:6.2f} bits {facts['psnr']:6.2f} dB  {text}", flush=True)
+        except HastenError as error:
+            facts["problem"] = str(error)
+            print(f"{self.name:11s} {text}: {error}", flush=True)
+        return facts
+
+    def measured(self, recipe: Recipe) -> dict[str, Any]:
+        """Apply a recipe, and compare its pictures with the plain ones."""
+        self.prepare()
+        began = time.perf_counter()
+        with hasten.accelerate(self.model.pipeline, recipe) as session:
+            seconds = time.perf_counter() - began
+            images = self.rendered()
+            session.evidence()
+            size = sizes(session)
+        found = fidelities(images, self.images)
+        return {**size, "apply_seconds": round(seconds, 2), **summary(found)}
+
+    def prepare(self) -> None:
+        """Statistics and plain pictures, once."""
+        weights = weights_hash(Target.of(self.model.pipeline).denoisers[0].module)
+        file = usual_file(weights)
+        spare = self.prompts["evaluation"][: -(CALIBRATED - len(self.prompts["calibration"])) - 1 : -1]
+        texts = tuple(text for text, _ in (*self.prompts["calibration"], *spare))
+        collect(self.model, self.model.workload.replace(prompts=texts), file=file)
+        if not usual_gains(weights).is_file():
+            measure_gains(self.model, self.model.workload.replace(prompts=texts[:2]))
+        self.images = self.images or self.rendered()
+
+    def rendered(self) -> list[Any]:
+        """The pictures of the evaluation prompts."""
+        chosen = self.prompts["evaluation"][: self.pictures]
+        return [render(self.model.pipeline, self.model.workload, text, seed) for text, seed in chosen]
+
+
+def sizes(session: Session) -> dict[str, Any]:
+    """Bits a weight, of all that stands in place of the quantized weights."""
+    technique = next(item for item in session.recipe if item.stage == Stage.WEIGHTS)
+    places = session.state(technique, Replaced).places
+    held = sum(buffer.nbytes for _, module in places for buffer in module.buffers())
+    count = sum(int(torch.Size(site.layer.weight.shape).numel()) for site, _ in places)
+    return {"layers": len(places), "weights": count, "bytes": held, "bits": round(8 * held / count, 3)}
+
+
+def summary(found: list[Fidelity]) -> dict[str, Any]:
+    """Means and the PSNR of each picture."""
+    values = [one.psnr for one in found]
+    return {
+        "psnr": round(fmean(values), 3),
+        "psnr_deviation": round(stdev(values), 3) if len(values) > 1 else None,
+        "ssim": round(fmean(one.ssim for one in found), 5),
+        "lpips": round(fmean(one.lpips for one in found), 5),
+        "each": [{key: round(value, 4) for key, value in asdict(one).items()} for one in found],
+    }
+
+
+if __name__ == "__main__":
+    main()
