@@ -68,7 +68,7 @@ def test_scales_that_are_coded(shape: tuple[int, int]) -> None:
     assert torch.equal(scales.offset, state.offset)
     assert torch.equal(scales.coarse.flatten(), state.state2.absmax)
     if len(exact.absmax) > 1:
-        assert torch.equal(scales.codes.flatten(), by_reference(exact.absmax - state.offset))
+        as_near(scales.codes.flatten(), by_reference(exact.absmax - state.offset), exact.absmax - state.offset)
     values = library.dequantize_blockwise(scales.codes.flatten(), state.state2) + state.offset
     every = torch.arange(plain.numel()) // 64
     wanted = state.code[unpack(ours.codes, 4, ours.columns).flatten().long()] * values[every]
@@ -82,15 +82,23 @@ def by_reference(values: torch.Tensor) -> torch.Tensor:
     return codes[: len(values)]
 
 
+def as_near(ours: torch.Tensor, theirs: torch.Tensor, values: torch.Tensor, tolerance: float = 1e-7) -> None:
+    """Are codes the same, or stand they for entries that are as near: in the middle between two, in float32?"""
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 256)).reshape(-1, 256)
+    normal = (blocks / blocks.abs().amax(1, keepdim=True)).flatten()[: len(values)]
+    distances = [(dynamic_map()[codes.long()] - normal).abs() for codes in (ours, theirs)]
+    assert (ours != theirs).float().mean() < 0.01
+    assert ((distances[0] - distances[1]).abs() <= tolerance).all()
+
+
 def test_coded_numbers_against_both_ways_of_the_library() -> None:
     values = torch.randn(256 * 40)
     ours, absmax = quantize_dynamic(values)
-    assert torch.equal(ours, by_reference(values))
+    as_near(ours, by_reference(values), values)
     fast, state = library.quantize_blockwise(values, blocksize=256)
     assert torch.equal(absmax, state.absmax)
-    off = (ours.int() - fast.int()).abs()
-    assert off.max() <= 1
-    assert off.float().mean() < 0.01
+    # The library's kernel for CPUs knows numbers to 1/32768 only.
+    as_near(ours, fast, values, tolerance=2 / 32768)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -62,14 +62,18 @@ def quantize_4bit(
     flat = as_matrix(weight).reshape(-1)
     blocks = _blocks(flat, block)
     absmax = blocks.abs().amax(1)
-    codes = nearest(_normalized(blocks, absmax), table(kind)).reshape(-1)[: flat.numel()]
+    codes = nearest(_normalized(blocks, absmax, flat.numel()), table(kind)).reshape(-1)[: flat.numel()]
     scales = nested(absmax) if double else Scales(absmax.unsqueeze(0))
     return four_bit(weight.shape, codes, scales, kind, block)
 
 
-def _normalized(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    # Times the reciprocal, as the library does it: a division differs in the last bit.
-    return (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1)
+def _normalized(blocks: torch.Tensor, absmax: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers over the greatest magnitude of their block, of which the last may hold fewer than the others."""
+    # Times the reciprocal for whole blocks and a division for a cut one, as in the library: the last bit differs.
+    found = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)
+    if count % blocks.shape[1]:
+        found[-1] = blocks[-1] / absmax[-1].clamp(min=1e-38)
+    return found.clamp(-1, 1)
 
 
 def _blocks(flat: torch.Tensor, block: int) -> torch.Tensor:
@@ -93,7 +97,7 @@ def quantize_dynamic(values: torch.Tensor, block: int = NESTED_BLOCK) -> tuple[t
     """
     blocks = _blocks(values, block)
     absmax = blocks.abs().amax(1)
-    return nearest(_normalized(blocks, absmax), dynamic_map()).reshape(-1)[: values.numel()], absmax
+    return nearest(_normalized(blocks, absmax, values.numel()), dynamic_map()).reshape(-1)[: values.numel()], absmax
 
 
 def nearest(normal: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
