@@ -1,10 +1,10 @@
-"""The command line: `hasten compare`, `generate`, `inspect`, `plan`, `calibrate`, `quantize` and others."""
+"""The command line: `hasten compare`, `generate`, `inspect`, `plan`, `calibrate`, `quantize`, `convert` and others."""
 
 from __future__ import annotations
 
 import typer
 
-from hasten.cli import calibrate, compare, doctor, generate, inspect, plan, quantize, techniques
+from hasten.cli import calibrate, compare, convert, doctor, finetune, generate, inspect, plan, quantize, techniques
 
 app = typer.Typer(
     name="hasten",
@@ -20,7 +20,10 @@ app.command("inspect")(inspect.inspect)
 app.command("techniques")(techniques.techniques)
 app.command("plan")(plan.plan)
 app.command("calibrate")(calibrate.calibrate)
+app.command("convert")(convert.convert)
+app.command("verify")(convert.verify)
 app.command("quantize")(quantize.quantize)
+app.command("finetune")(finetune.finetune)
 app.command("doctor")(doctor.doctor)
 
 

@@ -151,7 +151,7 @@ def calibrate(
     """Make a few uncached pictures, measure what a technique needs to know about the model, and write it to a file."""
     from hasten.core.errors import HastenError, UnknownName
     from hasten.core.files import ensure_writable
-    from hasten.models import load
+    from hasten.formats.loading import load
 
     if purpose not in PURPOSES:
         raise UnknownName("purpose of calibration", purpose, PURPOSES)

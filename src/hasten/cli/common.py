@@ -42,6 +42,10 @@ RecipeOption = Annotated[
 ]  # fmt: skip
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
 SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size of the pictures in pixels: 1024x1024.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="If MODEL is a file of weights: the pipeline that it goes into."),
+]
 FallbackOption = Annotated[
     bool, typer.Option("--fallback", help="Where memory runs out, go on with the next recipe that needs less.")
 ]

@@ -126,7 +126,9 @@ CLAIMS = {
     "linear.weight": "the weights of the same linear layers",
     "linear.input": "what is done to the inputs of the same linear layers",
     "residency": "the placement of the weights",
+    "block.code": "the code of the blocks",
     "modulation": "the weights of adaptive norms",
+    "adapters": "the adapters of the layers",
 }
 """Resources in words, for refusals; a claim not listed here is shown as written."""
 

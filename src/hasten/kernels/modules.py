@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hasten.kernels import coded
 from hasten.kernels.activations import Activations
+from hasten.kernels.coded import Coded
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.prepared import prepare, raw_weight
 from hasten.kernels.product import operate
@@ -39,12 +41,22 @@ class Input:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A side branch on the unchanged input: x @ down.T * scale @ up.T, in the precision of the input."""
+    """A side branch on the unchanged input: (x @ down.T * scale) @ up.T, in the precision of the input."""
 
     down: torch.Tensor
     """[ranks, inputs]"""
     up: torch.Tensor
     """[outputs, ranks]"""
+    scale: torch.Tensor | None = None
+    """[ranks] float32: a factor for each rank, which adapters (LoRA) are weighted with; None is 1."""
+
+
+def side_branch(
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(x @ down.T * scale) @ up.T for x [..., inputs], in the type of x."""
+    inner = F.linear(x, down.to(x.dtype))
+    return F.linear(inner if scale is None else inner * scale.to(x.dtype), up.to(x.dtype))
 
 
 class Quantized(nn.Module):
@@ -55,6 +67,7 @@ class Quantized(nn.Module):
     input_scale: torch.Tensor | None
     down: torch.Tensor | None
     up: torch.Tensor | None
+    rank_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -80,6 +93,7 @@ class Quantized(nn.Module):
         self.register_buffer("input_scale", given.scale)
         self.register_buffer("down", low_rank.down if low_rank else None)
         self.register_buffer("up", low_rank.up if low_rank else None)
+        self.register_buffer("rank_scale", low_rank.scale if low_rank else None)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -101,27 +115,37 @@ class Quantized(nn.Module):
         matrix = self.quantized.dequantize().reshape(self.shape[0], -1)
         matrix = raw_weight(matrix, self.smooth, self.rotation)
         if self.down is not None and self.up is not None:
-            matrix = matrix + self.up.float() @ self.down.float()
+            up = self.up.float() if self.rank_scale is None else self.up.float() * self.rank_scale
+            matrix = matrix + up @ self.down.float()
         return matrix.reshape(self.shape)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for an input whose last dimension holds the channels."""
         if self.compute not in (None, x.dtype):
             return self.product(x.to(self.compute)).to(x.dtype)
-        inner, large = prepare(x, self.smooth, self.rotation), None
         if self.threshold:
-            inner, large = part_channels(inner, self.threshold)
+            return self._in_parts(x)
+        tensors = [self._buffers[name] for name in TENSORS]
+        facts = (self.shape, self.number, self.columns, self.activations)
+        # All in one operator, so that a kernel can do the rest on the way.
+        return operate(
+            x, tensors, self.bias, self.input_scale, *facts,
+            smooth=self.smooth, rotation=self.rotation, down=self.down, up=self.up, rank_scale=self.rank_scale,
+        )  # fmt: skip
+
+    def _in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Channels with large magnitudes have a product of their own, which rounds no activations."""
+        inner, large = part_channels(prepare(x, self.smooth, self.rotation), self.threshold)
         tensors = [self._buffers[name] for name in TENSORS]
         facts = (self.shape, self.number, self.columns)
         found = operate(inner, tensors, self.bias, self.input_scale, *facts, self.activations)
-        if large is not None:
-            found = found + operate(large, tensors, None, None, *facts, "none")
+        found = found + operate(large, tensors, None, None, *facts, "none")
         if self.down is not None and self.up is not None:
-            found = found + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+            found = found + side_branch(x, self.down, self.up, self.rank_scale)
         return found
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        exact = {name: self._buffers[name] for name in (*TENSORS, "input_scale")}
+        exact = {name: self._buffers[name] for name in (*TENSORS, "input_scale", "rank_scale")}
         kept = {name: tensor for name, tensor in exact.items() if tensor is not None and tensor.is_floating_point()}
         for name, tensor in kept.items():
             # As integers, which a cast to another floating-point type leaves alone.
@@ -164,9 +188,12 @@ class QuantizedLinear(Quantized, nn.Linear):  # pyright: ignore[reportIncompatib
         """Channels of the output."""
         return self.shape[0]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in nn.Linear
-        """[..., inputs] to [..., outputs]."""
-        return self.product(input)
+    def forward(self, input: torch.Tensor | Coded) -> torch.Tensor:  # noqa: A002 - the name in nn.Linear
+        """[..., inputs] to [..., outputs]; the input may come rounded as this layer rounds it."""
+        if not isinstance(input, Coded):
+            return self.product(input)
+        tensors = [self._buffers[name] for name in TENSORS]
+        return coded.operate(input, tensors, self.bias, self.shape, self.number, self.columns)
 
 
 class QuantizedConv2d(Quantized, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -216,5 +243,5 @@ def build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Quan
         threshold=description.get("threshold", 0.0),
         compute=getattr(torch, description["compute"]) if description.get("compute") else None,
     )
-    low_rank = LowRank(tensors["down"], tensors["up"]) if "down" in tensors else None
+    low_rank = LowRank(tensors["down"], tensors["up"], tensors.get("rank_scale")) if "down" in tensors else None
     return QuantizedLinear(weight, tensors.get("bias"), given=given, low_rank=low_rank)

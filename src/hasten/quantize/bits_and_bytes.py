@@ -30,6 +30,7 @@ class BitsAndBytes(LinearQuantizer):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.14314"
+    uniform: ClassVar[bool] = True
 
     bits: Literal[4, 8] = field(default=4, metadata=about("bits of a code"))
     quant_type: Literal["nf4", "fp4"] = field(

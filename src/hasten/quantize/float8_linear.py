@@ -26,6 +26,7 @@ class Float8Linear(LinearQuantizer):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2209.05433"
     convolutions: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
 
     granularity: Literal["row", "tensor", "block"] = field(
         default="row",

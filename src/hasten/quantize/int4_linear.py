@@ -25,6 +25,7 @@ class Int4Linear(LinearQuantizer):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1712.05877"
     convolutions: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
 
     group: int = field(
         default=64, metadata=about("inputs that share a scale (the greatest common divisor with the layer's)", ge=8)

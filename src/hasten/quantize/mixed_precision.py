@@ -55,12 +55,12 @@ class MixedPrecision(CalibratedQuantizer):
     group: int = field(
         default=64, metadata=about("inputs that share a scale (the greatest common divisor with the layer's)", ge=8)
     )
-    rounding: Literal["gptq", "nearest"] = field(default="gptq", metadata=about("how weights are rounded"))
+    rounding: Literal["gptq", "nearest"] = field(
+        default="gptq", metadata=about("how weights are rounded", trial="nearest")
+    )
     alike: bool = field(
         default=True,
-        metadata=about(
-            "blocks of one kind get the same bits in the same places, so that one compiled graph serves all"
-        ),
+        metadata=about("blocks of a kind get the same bits in the same places, so that one compiled graph serves all"),
     )
     plan: str = field(
         default=AUTO, metadata=about("file of measured sensitivities; auto: the model's own, if there are any")

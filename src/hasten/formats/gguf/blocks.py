@@ -155,7 +155,8 @@ def _by_row(values: torch.Tensor | None, rows: int) -> torch.Tensor | None:
 
 
 def _on(table: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    return None if table is None else table.to(like.device)
+    # A copy for each weight: safetensors refuses tensors that share memory.
+    return None if table is None else table.to(like.device, copy=True)
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -84,7 +84,7 @@ class GGUFWriter(Writer):
             self.abandon()
 
     def _header(self) -> bytes:
-        pairs = {"general.quantization_version": 2, **self.metadata}
+        pairs = {**self.metadata, "general.quantization_version": self.metadata.get("general.quantization_version", 2)}
         counts = struct.pack("<IQQ", 3, len(self._infos), len(pairs))
         header = b"".join([MAGIC, counts, written_pairs(pairs), *self._infos])
         return header + bytes(-len(header) % ALIGNMENT)

@@ -32,6 +32,8 @@ class LinearQuantizer(Technique):
     lossy: ClassVar[bool] = True
     convolutions: ClassVar[bool] = False
     """Does it take 1 x 1 convolutions as well?"""
+    uniform: ClassVar[bool] = False
+    """Do layers of one shape and type take the same bytes, wherever they are? Then one of them is asked for all."""
 
     components: tuple[str, ...] = field(
         default=("transformer*", "unet", "prior", "denoiser"),
@@ -118,8 +120,12 @@ class LinearQuantizer(Technique):
     def cost(self, target: Target, workload: Workload) -> Cost:
         """Memory is that of codes and scales; what it does to time depends on the kernels of the machine."""
         held = {name: _bytes(target.modules[name]) for name in chosen_components(target, self.components)}
+        sizes: dict[object, int] = {}
         for site in self.takes(target):
-            held[site.component] += self.stored(site) - site.weight.nbytes
+            key = _kind(site) if self.uniform else site
+            if key not in sizes:
+                sizes[key] = self.stored(site)
+            held[site.component] += sizes[key] - site.weight.nbytes
         return Cost(held=held, basis="formula")
 
     def stored(self, site: Site) -> int:
@@ -136,13 +142,15 @@ class Replaced:
     def __init__(self, originals: Originals) -> None:
         self.originals, self.calls = originals, 0
         self.places: list[tuple[Site, nn.Module]] = []
-        self.bytes_before, self.elements = 0, 0
+        self.bytes_before = self.bytes_after = self.elements = 0
 
     def add(self, site: Site, module: nn.Module) -> None:
         """Note a replaced layer."""
         self.places.append((site, module))
         self.bytes_before += site.weight.nbytes
         self.elements += site.weight.numel()
+        # Counted now: adapters may be given room in the same buffers later.
+        self.bytes_after += kept_bytes(module)
 
     def count(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A link around a network."""
@@ -156,7 +164,7 @@ class Replaced:
             raise NotEngaged("no network with quantized layers was called.")
         if gone := sum(not in_place(site, module) for site, module in self.places):
             raise NotEngaged(f"{gone} of {len(self.places)} quantized layers are not in their places any more.")
-        now = sum(kept_bytes(module) for _, module in self.places)
+        now = self.bytes_after
         if now >= self.bytes_before:
             raise NotEngaged(f"the codes take {now / 2**20:.2f} MiB, and the weights took less.")
         bits = 8 * now / self.elements
@@ -171,6 +179,11 @@ def _named(quantize: Callable[[Site], nn.Module | None], site: Site) -> nn.Modul
         return quantize(site)
     except HastenError as error:
         raise HastenError(f"{site.component}.{site.path}: {error}") from error
+
+
+def _kind(site: Site) -> object:
+    smoothed = site.wrapper is not None and site.wrapper.smooth is not None
+    return (*site.weight.shape, site.weight.dtype, smoothed)
 
 
 def in_place(site: Site, module: nn.Module) -> bool:

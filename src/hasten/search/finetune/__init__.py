@@ -1,0 +1,5 @@
+"""Training that wins back what quantization has lost, with the model itself as the teacher."""
+
+from hasten.search.finetune.recover import FineTuned, Training, finetune, install
+
+__all__ = ["FineTuned", "Training", "finetune", "install"]
