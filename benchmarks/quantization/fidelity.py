@@ -76,6 +76,7 @@ RECIPES = (
     "MixedPrecision(bits=5, rounding='nearest')",
     "GPTQ(bits=5)",
     "MixedPrecision(bits=5)",
+    "MixedPrecision(bits=5, alike=False)",
     "MixedPrecision(bits=4)",
 )
 

@@ -39,7 +39,7 @@ class AWQ(CalibratedQuantizer):
         default=64, metadata=about("inputs that share a scale (the greatest common divisor with the layer's)", ge=8)
     )
     symmetric: bool = field(default=False, metadata=about("codes around zero, without zero points"))
-    grid: int = field(default=20, metadata=about("powers that are tried", ge=1, le=1000, trial=4))
+    grid: int = field(default=20, metadata=about("powers that are tried", ge=1, le=1000, trial=2))
     clip: bool = field(default=True, metadata=about("cut ranges down where that errs less"))
 
     def solve(self, together: Sequence[Site], known: InputStatistics) -> list[Quantized]:

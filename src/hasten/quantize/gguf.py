@@ -36,7 +36,9 @@ class GGUF(LinearQuantizer):
     type: Literal[
         "Q4_K", "Q8_0", "Q6_K", "Q5_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL", "Q5_1", "Q5_0", "Q4_1", "Q4_0",
         "MXFP4", "NVFP4", "TQ2_0", "TQ1_0", "Q3_K_M", "Q4_K_M", "Q5_K_M",
-    ] = field(default="Q4_K", metadata=about("type of the weights, as in the names of GGUF files", trial="Q4_0"))  # fmt: skip
+    ] = field(
+        default="Q4_K", metadata=about("type of the weights, as in the names of GGUF files", trial="Q4_0")
+    )  # fmt: skip
 
     def quantize(self, site: Site) -> Quantized:
         """Quantize the weight to the type, or to the one that the mix has for the layer."""

@@ -60,9 +60,7 @@ class MixedPrecision(CalibratedQuantizer):
     )
     alike: bool = field(
         default=True,
-        metadata=about(
-            "blocks of one kind get the same bits in the same places, so that one compiled graph serves all"
-        ),
+        metadata=about("blocks of a kind get the same bits in the same places, so that one compiled graph serves all"),
     )
     plan: str = field(
         default=AUTO, metadata=about("file of measured sensitivities; auto: the model's own, if there are any")

@@ -59,9 +59,9 @@ class SVDQuant(CalibratedQuantizer):
     )
     symmetric: bool = field(default=True, metadata=about("codes of the rest around zero, without zero points"))
     activations: Literal[4, 8, 16] = field(default=8, metadata=about("bits that inputs of the rest are rounded to"))
-    refine: int = field(default=20, metadata=about("turns of rounding and fitting at most", ge=0, le=1000, trial=1))
+    refine: int = field(default=20, metadata=about("turns of rounding and fitting at most", ge=0, le=1000, trial=0))
     smooth: bool = field(default=True, metadata=about("divide inputs of the rest by smoothing factors"))
-    grid: int = field(default=20, metadata=about("exponents of smoothing that are tried", ge=1, le=1000, trial=3))
+    grid: int = field(default=20, metadata=about("exponents of smoothing that are tried", ge=1, le=1000, trial=1))
     clip: bool = field(default=True, metadata=about("cut ranges of groups down where that errs less"))
     gptq: bool = field(default=False, metadata=about("round the rest as GPTQ does"))
 
