@@ -20,7 +20,8 @@ from hasten.core.files import ensure_writable
 from hasten.core.patch import Patch
 from hasten.core.recipe import Recipe, as_recipe
 from hasten.core.session import Session, accelerate
-from hasten.core.target import Target
+from hasten.core.spec import DenoiserSpec
+from hasten.core.target import Denoiser, Target
 from hasten.core.technique import Stage, Technique
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
@@ -69,7 +70,7 @@ class FineTuned:
     file: Path
     recipe: Recipe
     losses: list[float] = field(default_factory=list[float])
-    """Mean squared difference to the teacher's output at each step, relative to the mean square of that output."""
+    """Mean squared difference to the teacher's (guided) output at each step, relative to its mean square."""
     seconds: float = 0.0
     trained: int = 0
     """Numbers that were trained."""
@@ -137,7 +138,8 @@ def finetune(
             TrainedAdapters(layers, how.rank, patch) if method == "lora" else TrainedWeights(layers, names, patch)
         )
         told.row("training")
-        _train(session.target, trainable, examples, how, how.rate or RATES[method], result, told)
+        rate = how.rate or RATES[method]
+        _train(session.target, trainable, examples, work.guidance, how, rate, result, told)
         trainable.save(path)
     if method == "lora":
         result.recipe = whole | LoRA(adapters=(str(path),))
@@ -185,6 +187,7 @@ def _train(
     target: Target,
     trainable: Trainable,
     examples: list[Example],
+    guidance: float | None,
     how: Training,
     rate: float,
     result: FineTuned,
@@ -203,7 +206,7 @@ def _train(
                     break
                 example = examples[draws[step]].on(target.device)
                 trainable.before_step()
-                loss = _loss(networks[example.denoiser], example)
+                loss = _loss(target.denoisers[example.denoiser], example, guidance)
                 _step(steps, loss, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2)
                 result.losses.append(float(loss.detach()))
                 progress.advance()
@@ -219,9 +222,19 @@ def _done(step: int, how: Training, seconds: float) -> float:
     return max(step / how.steps, seconds / (60 * how.minutes) if how.minutes else 0.0)
 
 
-def _loss(network: torch.nn.Module, example: Example) -> torch.Tensor:
-    output, wanted = batch_of(network(*example.args, **example.kwargs)).float(), example.output.float()
+def _loss(denoiser: Denoiser, example: Example, guidance: float | None) -> torch.Tensor:
+    output = batch_of(denoiser.module(*example.args, **example.kwargs)).float()
+    output, wanted = (_guided(one, denoiser.spec, guidance) for one in (output, example.output.float()))
     return (output - wanted).square().mean() / wanted.square().mean()
+
+
+def _guided(output: torch.Tensor, spec: DenoiserSpec, guidance: float | None) -> torch.Tensor:
+    """What a step is made with: where guidance is done in one batch, the sum of its halves, in which errors grow."""
+    if spec.guidance != "batched" or guidance is None or guidance <= 1 or len(output) % 2:
+        return output
+    one, other = output.chunk(2)
+    with_text, without = (one, other) if spec.conditional == "first" else (other, one)
+    return without + guidance * (with_text - without)
 
 
 def _step(steps: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> None:
