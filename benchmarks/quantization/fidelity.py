@@ -1,6 +1,6 @@
 """What each way to quantize does to the pictures of the bundled models, at which size.
 
-    python benchmarks/quantization/fidelity.py --out benchmarks/quantization/fidelity.json
+    python benchmarks/quantization/fidelity.py --out benchmarks/quantization/results/fidelity.json
     python benchmarks/quantization/fidelity.py --models emoji-flux --recipes "GPTQ()" "SVDQuant(rank=8)" --pictures 8
 
 Same prompts, seeds and 28 steps with and without a recipe; statistics are gathered from other prompts and seeds. Sizes
@@ -44,7 +44,7 @@ NOTES = """# Fidelity of quantized bundled models
 
 Made by `fidelity.py` from `fidelity.json`. 28 steps, same prompts and seeds against the plain model in float32, 8
 pictures; ± is the standard error of the mean. All recipes make the same pictures, yet the standard error of the
-difference of two recipes is still 0.5 to 1.5 dB: smaller differences mean nothing.
+difference of two recipes is still 0.6 to 2 dB: smaller differences mean nothing.
 
 Bits count all that stands in place of the quantized weights. The models are narrow (48 to 128 channels), so a side
 branch of rank 32 in 16 bits takes 16 * 32 * (N + K) / (N * K) bits a weight: 8 for a layer of 128 x 128, where FLUX.1
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--device", default=None)
-    parser.add_argument("--out", type=Path, default=HERE / "fidelity.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "fidelity.json")
     parser.add_argument("--table", action="store_true", help="only write the table of what was measured")
     options = parser.parse_args()
     quiet()
