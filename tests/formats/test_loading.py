@@ -67,6 +67,7 @@ def test_a_saved_pipeline_takes_less_space_and_says_what_it_is(tmp_path: Path) -
     ]
     assert files[0].stat().st_size < 0.6 * files[1].stat().st_size
     again = hasten.load(str(tmp_path / "a"), device="cpu")
+    assert again.pipeline.labels == loaded.pipeline.labels != {}
     weights = [tensor.dtype for tensor in again.pipeline.transformer.parameters()]
     assert set(weights) == {torch.bfloat16}
     assert all(m.dtype == torch.bfloat16 for m in again.pipeline.transformer.modules() if isinstance(m, Quantized))

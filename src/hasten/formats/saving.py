@@ -65,11 +65,25 @@ def _save_pipeline(pipeline: Any, folder: Path) -> None:
         elif part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder / name))
     pipeline.save_config(str(folder))
+    _note_labels(pipeline, folder / "model_index.json")
     dtypes = {name: _dtype(part) for name, part in found.items() if isinstance(part, nn.Module)}
     atomic_write_text(folder / RECORD, json_text({"version": VERSION, "dtypes": dtypes}))
     workload = Path(str(getattr(pipeline, "name_or_path", None) or "")) / "workload.json"
     if workload.is_file():
         shutil.copy(workload, folder)
+
+
+def _note_labels(pipeline: Any, index: Path) -> None:
+    """The names of classes, which diffusers reads from the index of a pipeline and does not write into it."""
+    labels = getattr(pipeline, "labels", None)
+    if not isinstance(labels, dict) or not labels:
+        return
+    names: dict[str, list[str]] = {}
+    for name, number in cast("dict[str, int]", labels).items():
+        names.setdefault(str(number), []).append(name)
+    data = cast("dict[str, Any]", read_json(index))
+    data["id2label"] = {number: ", ".join(found) for number, found in names.items()}
+    atomic_write_text(index, json_text(data))
 
 
 def _dtype(network: nn.Module) -> str:
