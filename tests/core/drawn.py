@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ def values(hint: Any, limits: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(arguments)
     if origin is tuple:
         return st.lists(values(arguments[0], {}), max_size=3).map(tuple)
+    if origin is Mapping:
+        return st.dictionaries(values(arguments[0], {}), values(arguments[1], {}), max_size=3)
     return _plain(hint, limits)
 
 
