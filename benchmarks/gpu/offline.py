@@ -76,6 +76,10 @@ def calls() -> Iterator[str]:
             yield f"{model} residual, norm {kind}"
         residual_norm(x, None, Added(x, gate, Norm("rms", 1e-5, meta(width))), None)
         yield f"{model} norm after, residual"
+        residual_norm(
+            x, None, Added(x, gate, Norm("rms", 1e-5, meta(width))), Normalizing(Norm("rms", 1e-5, meta(width)))
+        )
+        yield f"{model} norm after, residual, norm"
         h = meta(1, 4096, inner)
         for kind in (None, Coding("int8"), Coding("float8"), Coding("int8", None, min(inner & -inner, 256))):
             words = f"{kind.kind} {kind.rotation}" if kind else ""

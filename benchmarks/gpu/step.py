@@ -241,7 +241,7 @@ def timed(bench: Bench, pipeline: Any, given: dict[str, Any], times: list[tuple[
     seconds = (time.perf_counter() - began) / 2
     found = [1000 * (b - a) if isinstance(a, float) else a.elapsed_time(b) for a, b in times]
     peak = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
-    return {"ms": statistics.median(found), "ms_least": min(found), "ms_most": max(found), "calls": len(found),
+    return {"ms": statistics.median(found), "ms_least": min(found), "ms_most": max(found), "calls_ms": found,
             "image_s": seconds, "peak_gib": peak, "clocks": watch.stop()}  # fmt: skip
 
 

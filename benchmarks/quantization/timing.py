@@ -39,7 +39,7 @@ class Sizes:
         return tuple(part.to(device, torch.bfloat16) for part in (x, weight, torch.randn(self.outputs)))  # type: ignore[return-value]
 
 
-def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 1.0) -> Row:
+def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> Row:
     """Median and least time of calls after three for warming up: by events on a GPU, else by the wall clock.
 
     `processor_ms` is the time that the threads of the process were computing: what the call needs on a machine that
@@ -67,6 +67,8 @@ def _gpu_time(run: Callable[[], object]) -> float:
     # A large write between calls empties the second-level cache of weights that a step would not find there either.
     torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Busy while the host launches, so that its time does not count.
+    torch.cuda._sleep(1_000_000)
     first.record()
     run()
     last.record()

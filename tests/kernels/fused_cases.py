@@ -42,6 +42,8 @@ def norms(width: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, No
     yield "added and modulated", Normalizing(Norm("layer", 1e-6), shift, scale), added, False
     by_token = Normalizing(Norm("layer", 1e-6), some(2, 5, width, seed=5), some(2, 1, width, seed=6))
     yield "modulated by token", by_token, Added(some(2, 9, width, seed=4)[:, 4:]), False
+    two = Added(added.value, gate, None, some(2, 9, width, seed=8)[:, 2:7])
+    yield "two values added", Normalizing(rms), two, False
     yield "norm after", Normalizing(rms, None, scale), Added(added.value, gate, Norm("rms", 1e-5, some(width))), False
     smooth = some(width, seed=7).abs() + 0.5
     yield "int8", Normalizing(Norm("layer", 1e-6), shift, scale, Coding("int8", smooth, width & -width)), added, False

@@ -66,6 +66,7 @@ def reference(
     return F.linear(codes.float() * scales, matrix, None if bias is None else bias.float()).to(dtype)
 
 
+@torch.compiler.assume_constant_result
 def gains(kind: Kind, device: torch.device) -> bool:
     """Is there a kernel for codes of this kind on the device with which rounding beforehand saves a pass?"""
     return gpu.usable(device) and (kind == "int8" or gpu.has_float8(device))

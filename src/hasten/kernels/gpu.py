@@ -8,7 +8,6 @@ bits. The turning points here are rules of thumb; `kernels.tuning` replaces them
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from hasten.kernels.call import Kernel, Product, row_scales
+from hasten.kernels.serving import HAVE_TRITON
 
 if TYPE_CHECKING:
     from hasten.kernels.triton.launch import Tile
@@ -29,7 +29,7 @@ _SIXTEEN = (torch.float16, torch.bfloat16)
 @functools.cache
 def usable(device: torch.device) -> bool:
     """Is there Triton, and a GPU it compiles for?"""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or not HAVE_TRITON:
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -76,7 +76,8 @@ def _takes_rows(product: Product) -> bool:
 def _takes_scaled(product: Product) -> bool:
     """CuBLAS: rows of e4m3 on both sides, or a scale for the whole of each; no side branch."""
     even = product.x.shape[1] % 16 == 0 and product.weight.shape[0] % 16 == 0 and product.x.dtype == torch.bfloat16
-    return product.x.device.type == "cuda" and product.down is None and even and _takes_rows(product)
+    there = product.x.device.type == "cuda" and product.activations == "float8" and product.down is None
+    return there and even and _takes_rows(product)
 
 
 def _takes_groups(product: Product) -> bool:

@@ -39,6 +39,8 @@ class Added:
     """[batch, channels], [batch, 1, channels] or [batch, tokens, channels]"""
     after: Norm | None = None
     """A norm of the value, before the gate; only of kind "rms" and with a weight."""
+    more: torch.Tensor | None = None
+    """What is added to the value before all this."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def normalize(streams: Sequence[torch.Tensor], how: Normalizing) -> torch.Tensor
     first, second = streams[0], streams[1] if len(streams) > 1 else None
     if not served(first, second) or not _codes(first, how.coding):
         return _normalized(torch.cat(list(streams), 1) if second is not None else first, how)
-    nothing = (None, None, None)
+    nothing = (None, None, None, None)
     _, out, scales = _operator(first, second, *nothing, *_normalizing(how), False, 0.0, *_facts(how))
     return _outcome(out, scales, how.coding, first.dtype)
 
@@ -92,7 +94,8 @@ def _outcome(
 
 def _sum(x: torch.Tensor, added: Added) -> torch.Tensor:
     """The eager reference of `add`."""
-    value = added.value.float() if added.after is None else _norm(added.value.float(), added.after)
+    value = added.value.float() if added.more is None else added.value.float() + added.more.float()
+    value = value if added.after is None else _norm(value, added.after)
     total = x.float() + (value if added.gate is None else by_token(added.gate).float() * value)
     return (total.clamp(-65504, 65504) if x.dtype == torch.float16 else total).to(x.dtype)
 
@@ -121,7 +124,7 @@ def by_token(modulation: torch.Tensor) -> torch.Tensor:
 
 
 def _added(added: Added) -> tuple[torch.Tensor | None, ...]:
-    return added.value, added.gate, added.after.weight if added.after else None
+    return added.value, added.more, added.gate, added.after.weight if added.after else None
 
 
 def _added_facts(added: Added) -> tuple[bool, float]:
@@ -139,13 +142,13 @@ def _facts(how: Normalizing) -> tuple[str, float, str, int]:
 
 @torch.library.custom_op("hasten::residual_norm", mutates_args=())
 def _operator(
-    x: torch.Tensor, second: torch.Tensor | None, y: torch.Tensor | None, gate: torch.Tensor | None,
-    after_weight: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    shift: torch.Tensor | None, scale: torch.Tensor | None, smooth: torch.Tensor | None, after: bool, after_eps: float,
-    kind: str, eps: float, coding: str, rotation: int,
+    x: torch.Tensor, second: torch.Tensor | None, y: torch.Tensor | None, more: torch.Tensor | None,
+    gate: torch.Tensor | None, after_weight: torch.Tensor | None, weight: torch.Tensor | None,
+    bias: torch.Tensor | None, shift: torch.Tensor | None, scale: torch.Tensor | None, smooth: torch.Tensor | None,
+    after: bool, after_eps: float, kind: str, eps: float, coding: str, rotation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The sum, the normalized tokens (or their codes) and the scales of these; empty where there is none."""
-    added = None if y is None else Added(y, gate, Norm("rms", after_eps, after_weight) if after else None)
+    added = None if y is None else Added(y, gate, Norm("rms", after_eps, after_weight) if after else None, more)
     rounding = Coding(coding, smooth, rotation) if coding else None  # pyright: ignore[reportArgumentType]
     how = Normalizing(Norm(kind, eps, weight, bias), shift, scale, rounding) if kind else None  # pyright: ignore
     if not x.is_cuda:
@@ -169,7 +172,7 @@ def eager(
 
 @_operator.register_fake
 def _fake(x: torch.Tensor, second: torch.Tensor | None, y: torch.Tensor | None, *rest: object) -> object:
-    kind, coding = rest[9], rest[11]
+    kind, coding = rest[10], rest[12]
     tokens = x.shape[1] + (0 if second is None else second.shape[1])
     shape = (x.shape[0], tokens, x.shape[2]) if kind else (0,)
     out = x.new_empty(shape, dtype=DTYPES.get(str(coding), x.dtype))

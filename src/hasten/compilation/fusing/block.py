@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from hasten.compilation.fusing.attention import FusedAttention
-from hasten.compilation.fusing.feed_forward import FusedFeedForward
-from hasten.compilation.fusing.modules import by_name, coding_of, empty, norm_of, parameters, part
+from hasten.compilation.fusing.feed_forward import FusedFeedForward, enter
+from hasten.compilation.fusing.modules import by_name, empty, norm_of, parameters, part
 from hasten.compilation.fusing.segments import SegmentedLinear
-from hasten.core.block import BlockPlan, Residual, Sublayer
+from hasten.core.block import Beside, BlockPlan, Residual, Sublayer
 from hasten.core.spec import Stack
 from hasten.kernels.coded import Coded, Coding
 from hasten.kernels.gated import activate
@@ -69,13 +69,13 @@ class _Run:
             named = {one.argument: x for one, x in zip(residuals, inputs, strict=True) if one.argument}
             unnamed = [x for one, x in zip(residuals, inputs, strict=True) if not one.argument]
             outputs = module(*unnamed, **named, **more)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        for one, output in zip(residuals, outputs, strict=True):
+            outputs = [(x, None) for x in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        for one, (output, rest) in zip(residuals, outputs, strict=True):
             if one.stream in self.plan.ends:
                 continue
             self._settle(one.stream)
             after = norm_of(part(self.block, one.after)) if one.after else None
-            self.waiting[one.stream] = Added(output, self._part(one.gate), after)
+            self.waiting[one.stream] = Added(output, self._part(one.gate), after, rest)
 
     def output(self) -> Any:
         """The block's output."""
@@ -131,17 +131,21 @@ class _Run:
 
     def _joined(
         self, sublayer: Sublayer, module: Any, x: torch.Tensor | Coded, more: Given
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """The module's output, projected with that of the feed-forward beside it, and cut into the streams."""
-        first = sublayer.residuals[0]
+        first, rest = sublayer.residuals[0], None
         found = module(**{first.argument: x}, **more) if first.argument else module(x, **more)
         if sublayer.beside is not None:
-            entered = part(self.block, sublayer.beside.enters)(x)
-            last = part(self.block, sublayer.beside.leaves)
-            if isinstance(last, SegmentedLinear):
-                coding = coding_of([last.second], entered.device)
-                found = last(found, activate(entered, sublayer.beside.activation, None, coding))
-            else:
-                found = last(torch.cat([found, activate(entered, sublayer.beside.activation)], -1))  # pyright: ignore
+            found, rest = self._left(sublayer.beside, x, found)
         sizes = [self.streams[one.stream].shape[1] for one in sublayer.residuals]
-        return tuple(found.split(sizes, 1))
+        rests = [None] * len(sizes) if rest is None else rest.split(sizes, 1)
+        return list(zip(found.split(sizes, 1), rests, strict=True))
+
+    def _left(
+        self, beside: Beside, x: torch.Tensor | Coded, found: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the layer makes of the module's output and the feed-forward's, in one part or two."""
+        layers, last = [part(self.block, beside.enters)], part(self.block, beside.leaves)
+        if isinstance(last, SegmentedLinear):
+            return last.apart(found, enter(layers, x, beside.activation, last.second))
+        return last(torch.cat([found, activate(layers[0](x), beside.activation)], -1)), None  # pyright: ignore

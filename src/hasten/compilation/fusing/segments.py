@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hasten.kernels.coded import Coded
+from hasten.kernels.linear import add_product
 
 
 class SegmentedLinear(nn.Linear):
@@ -32,10 +33,15 @@ class SegmentedLinear(nn.Linear):
         """[..., all inputs], or [..., first inputs] and [..., second inputs], to [..., outputs]."""
         if second is None:
             x, second = x[..., : self.border], x[..., self.border :]
+        found, more = self.apart(x, second)
+        return found if more is None else found + more
+
+    def apart(self, x: torch.Tensor, second: torch.Tensor | Coded) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output in one part, or in two that are yet to be added."""
         found = self.first(x)
         if isinstance(second, Coded) or not is_plain(self.second) or self.second.weight.dtype != second.dtype:
-            return found + self.second(second)
-        return _onto(found, second, self.second.weight)
+            return found, self.second(second)
+        return add_product(found, second, self.second.weight), None
 
     @property
     def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -53,12 +59,6 @@ def is_plain(layer: nn.Module | None) -> bool:
     if type(layer) is not nn.Linear or "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
         return False
     return type(layer.weight.data) is torch.Tensor and layer.weight.is_floating_point()
-
-
-def _onto(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """found + x @ weight.T in one product."""
-    shape = found.shape
-    return torch.addmm(found.reshape(-1, shape[-1]), x.reshape(-1, x.shape[-1]), weight.t()).reshape(shape)
 
 
 def _part(layer: nn.Linear, columns: slice, bias: torch.Tensor | None) -> nn.Linear:

@@ -19,9 +19,11 @@ def _load(pointer, columns, inside):
 
 
 @triton.jit
-def _added(x, y, gate, after_weight, columns, inside, width, after_eps, AFTER: tl.constexpr, HALF: tl.constexpr):
-    """x + gate * after(y) of a token."""
+def _added(x, y, more, gate, after_weight, columns, inside, width, after_eps, AFTER: tl.constexpr, HALF: tl.constexpr):
+    """x + gate * after(y + more) of a token."""
     value = _load(y, columns, inside)
+    if more is not None:
+        value = value + _load(more, columns, inside)
     if AFTER:
         value = value * tl.rsqrt(tl.sum(value * value, 0) / width + after_eps)
         if after_weight is not None:
@@ -54,16 +56,11 @@ def _modulated(values, shift, scale, columns, inside):
 
 
 @triton.jit
-def _at(pointer, sample, token, sample_stride, token_stride):
-    return pointer if pointer is None else pointer + sample * sample_stride + token * token_stride
-
-
-@triton.jit
 def token_kernel(
-    x, y, gate, after_weight, weight, bias, shift, scale, smooth, total, out, scales,
+    x, y, more, gate, after_weight, weight, bias, shift, scale, smooth, total, out, scales,
     tokens, width, out_tokens, offset,
-    x_sample, x_token, y_sample, y_token, gate_sample, gate_token, shift_sample, shift_token, scale_sample,
-    scale_token, after_eps, eps,
+    x_sample, x_token, y_sample, y_token, more_sample, more_token, gate_sample, gate_token, shift_sample, shift_token,
+    scale_sample, scale_token, after_eps, eps,
     ADD: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, HALF: tl.constexpr,
     TWO: tl.constexpr, FOURS: tl.constexpr, LARGEST: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -74,16 +71,21 @@ def token_kernel(
     inside = columns < width
     values = _load(x + sample * x_sample + token * x_token, columns, inside)
     if ADD:
-        near = y + sample * y_sample + token * y_token
-        open_gate = _at(gate, sample, token, gate_sample, gate_token)
-        values = _added(values, near, open_gate, after_weight, columns, inside, width, after_eps, AFTER, HALF)
+        y += sample * y_sample + token * y_token
+        if gate is not None:
+            gate += sample * gate_sample + token * gate_token
+        if more is not None:
+            more += sample * more_sample + token * more_token
+        values = _added(values, y, more, gate, after_weight, columns, inside, width, after_eps, AFTER, HALF)
         stored = values.to(total.dtype.element_ty)
         tl.store(total + row * width + columns, stored, mask=inside)
         values = stored.to(tl.float32)
     if NORM:
         values = _normed(values, weight, bias, columns, inside, width, eps, RMS)
-        shift = _at(shift, sample, token, shift_sample, shift_token)
-        scale = _at(scale, sample, token, scale_sample, scale_token)
+        if shift is not None:
+            shift += sample * shift_sample + token * shift_token
+        if scale is not None:
+            scale += sample * scale_sample + token * scale_token
         values = _modulated(values, shift, scale, columns, inside)
         out_row = sample * out_tokens + offset + token
         place = out + out_row * width + columns
@@ -120,23 +122,23 @@ def _launch(
     """Run the kernel on one stream."""
     samples, tokens, width = x.shape
     x = by_row(x)
-    y, gate = (by_row(added.value), _rows(added.gate)) if added else (None, None)
+    y, more, gate = (_rows(added.value), _rows(added.more), _rows(added.gate)) if added else (None, None, None)
     after = added.after if added else None
     norm = how.norm if how else Norm("layer", 0.0)
     shift, scale, coding = (_rows(how.shift), _rows(how.scale), how.coding) if how else (None, None, None)
-    y_strides = (y.stride(0), y.stride(1)) if y is not None else (0, 0)
     size = triton.next_power_of_2(width)
     token_kernel[(samples * tokens,)](
-        x, y, gate, after.weight if after else None, norm.weight, norm.bias, shift, scale,
-        coding.smooth if coding else None, *made, tokens, width, every, offset, x.stride(0), x.stride(1), *y_strides,
-        *token_strides(gate), *token_strides(shift), *token_strides(scale), after.eps if after else 0.0, norm.eps,
+        x, y, more, gate, after.weight if after else None, norm.weight, norm.bias, shift, scale,
+        coding.smooth if coding else None, *made, tokens, width, every, offset, x.stride(0), x.stride(1),
+        *token_strides(y), *token_strides(more), *token_strides(gate), *token_strides(shift), *token_strides(scale),
+        after.eps if after else 0.0, norm.eps,
         ADD=added is not None, AFTER=after is not None, NORM=how is not None, RMS=norm.kind == "rms",
         HALF=x.dtype == torch.float16, **coding_facts(coding), SIZE=size, num_warps=warps(size),
     )  # fmt: skip
 
 
-def _rows(modulation: torch.Tensor | None) -> torch.Tensor | None:
-    return None if modulation is None else by_row(modulation)
+def _rows(part: torch.Tensor | None) -> torch.Tensor | None:
+    return None if part is None else by_row(part)
 
 
 def coding_facts(coding: Coding | None) -> dict[str, bool | int]:
