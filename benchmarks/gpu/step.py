@@ -156,13 +156,17 @@ OURS = {
     "ours, 16 bits, fused": "FusedBlocks() | FusedQKV()",
     "ours, 16 bits, fused, compiled": "FusedBlocks() | FusedQKV() | CompileBlocks()",
     "ours, 16 bits, fused, compiled, table": "FusedBlocks() | FusedQKV() | ModulationTable() | CompileBlocks()",
-    "ours, 16 bits, fused, graphs": "FusedBlocks() | FusedQKV() | CompileBlocks() | CudaGraphs()",
+    "ours, 16 bits, fused, graphs, table": (
+        "FusedBlocks() | FusedQKV() | ModulationTable() | CompileBlocks() | CudaGraphs()"
+    ),
     "ours, 8 bits, compiled": "Float8Linear() | FusedQKV() | CompileBlocks()",
     "ours, 8 bits, fused, compiled": "Float8Linear() | FusedBlocks() | FusedQKV() | CompileBlocks()",
     "ours, 8 bits, fused, compiled, table": (
         "Float8Linear() | FusedBlocks() | FusedQKV() | ModulationTable() | CompileBlocks()"
     ),
-    "ours, 8 bits, fused, graphs": "Float8Linear() | FusedBlocks() | FusedQKV() | CompileBlocks() | CudaGraphs()",
+    "ours, 8 bits, fused, graphs, table": (
+        "Float8Linear() | FusedBlocks() | FusedQKV() | ModulationTable() | CompileBlocks() | CudaGraphs()"
+    ),
     "ours, 8 bits and attention, fused, compiled, table": (
         "Float8Linear() | FusedBlocks() | FusedQKV() | ModulationTable() | EightBitAttention() | CompileBlocks()"
     ),

@@ -88,11 +88,11 @@ def test_operators_keep_their_contracts() -> None:
     shift, scale, gate = six.chunk(3, -1)
     checks = ("test_schema", "test_faketensor")
     facts = (False, 0.0, "layer", 1e-6)
-    given = (x, None, y, gate, None, None, None, shift, scale, None)
+    given = (x, None, y, None, gate, None, None, None, shift, scale, None)
     for end in (("", 1), ("int8", 16), ("float8", 1)):
         torch.library.opcheck(residual._operator, (*given, *facts, *end), test_utils=checks)
-    torch.library.opcheck(residual._operator, (x, y, *[None] * 8, *facts, "", 1), test_utils=checks)
-    only = (x, None, y, *[None] * 7, True, 1e-5, "", 0.0, "", 1)
+    torch.library.opcheck(residual._operator, (x, y, *[None] * 9, *facts, "", 1), test_utils=checks)
+    only = (x, None, y, *[None] * 8, True, 1e-5, "", 0.0, "", 1)
     torch.library.opcheck(residual._operator, only, test_utils=checks)
 
 

@@ -16,6 +16,7 @@ from hasten.kernels import gpu
 from hasten.kernels.activations import float8_tokens, int8_tokens
 from hasten.kernels.call import Product
 from hasten.kernels.hadamard import rotate
+from hasten.kernels.serving import operator
 from hasten.kernels.weight import TENSORS, QuantizedWeight
 
 Kind = Literal["int8", "float8"]
@@ -83,7 +84,7 @@ def _by_kernel(
     return gpu.multiply_codes(Product(x, weight, bias, kind), codes.contiguous(), scales.flatten())
 
 
-@torch.library.custom_op("hasten::coded_linear", mutates_args=())
+@operator("hasten::coded_linear")
 def _operator(
     codes: torch.Tensor, scales: torch.Tensor, tensors: list[torch.Tensor | None],
     bias: torch.Tensor | None, shape: list[int], number: str, columns: int, dtype: torch.dtype,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hasten.core.block import Activation
 from hasten.kernels.coded import DTYPES, Coded, Coding, code
-from hasten.kernels.serving import codes_float8, launches, served
+from hasten.kernels.serving import codes_float8, launches, operator, served
 
 
 def activate(
@@ -33,7 +33,7 @@ def _outcome(found: torch.Tensor, coding: Coding | None, dtype: torch.dtype) -> 
     return found.to(dtype) if coding is None else code(found, coding, dtype)
 
 
-@torch.library.custom_op("hasten::activate", mutates_args=())
+@operator("hasten::activate")
 def _operator(
     x: torch.Tensor, other: torch.Tensor | None, smooth: torch.Tensor | None, kind: str, coding: str, rotation: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,7 +76,9 @@ def _takes_rows(product: Product) -> bool:
 def _takes_scaled(product: Product) -> bool:
     """CuBLAS: rows of e4m3 on both sides, or a scale for the whole of each; no side branch."""
     even = product.x.shape[1] % 16 == 0 and product.weight.shape[0] % 16 == 0 and product.x.dtype == torch.bfloat16
-    there = product.x.device.type == "cuda" and product.activations == "float8" and product.down is None
+    # CuBLAS has no algorithm for some single tokens.
+    there = product.x.is_cuda and product.x.shape[0] >= 16
+    there = there and product.activations == "float8" and product.down is None
     return there and even and _takes_rows(product)
 
 

@@ -19,6 +19,7 @@ from hasten.kernels import cpu, gpu, tuning
 from hasten.kernels.activations import Activations, rounded
 from hasten.kernels.call import Kernel, Product
 from hasten.kernels.hadamard import rotate
+from hasten.kernels.serving import operator
 from hasten.kernels.weight import TENSORS, QuantizedWeight
 
 
@@ -70,8 +71,7 @@ def _weight_of(shape: list[int], number: str, columns: int, tensors: list[torch.
     return QuantizedWeight.of(shape, number, columns, named)
 
 
-@torch.library.custom_op("hasten::quantized_linear", mutates_args=())
-def _operator(
+def _compute(
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -108,11 +108,14 @@ def _operator(
         return kernel.run(product)
 
 
+_operator = torch.library.custom_op("hasten::quantized_linear", _compute, mutates_args=())
+"""Products that compiled code calls: kernels for CPUs are not made of operators that could be traced."""
+_traced = operator("hasten::traced_quantized_linear")(_compute)
+"""Products that compiled code takes in."""
 _SHAPE, _ROTATION = 18, 22
 """Places of arguments of the operator."""
 
 
-@_operator.register_fake
 def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], rest[_SHAPE - 1][0])
 
@@ -143,7 +146,9 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (to_x + ranks @ down.to(grad.dtype), *[None] * 11, bias, None, None, to_down, to_up, *[None] * 6)
 
 
-_operator.register_autograd(_gradient, setup_context=_remember)
+for _one in (_operator, _traced):
+    _one.register_fake(_fake)
+    _one.register_autograd(_gradient, setup_context=_remember)
 
 
 def quantized_linear(
@@ -188,7 +193,8 @@ def operate(
     """The same with the weight in the parts that `TENSORS` names; a single node in compiled graphs."""
     flat = x.reshape(-1, x.shape[-1])
     facts = (list(shape), number, columns, activations, rotation)
-    found = _operator(flat, *tensors, bias, input_scale, smooth, down, up, rank_scale, *facts)  # pyright: ignore
+    compute = _traced if x.is_cuda else _operator
+    found = compute(flat, *tensors, bias, input_scale, smooth, down, up, rank_scale, *facts)  # pyright: ignore
     return cast(torch.Tensor, found).reshape(*x.shape[:-1], shape[0])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from hasten.kernels.coded import DTYPES, Coded, Coding, code
-from hasten.kernels.serving import codes_float8, launches, served
+from hasten.kernels.serving import codes_float8, launches, operator, served
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _facts(how: Normalizing) -> tuple[str, float, str, int]:
     return how.norm.kind, how.norm.eps, coding.kind if coding else "", coding.rotation if coding else 1
 
 
-@torch.library.custom_op("hasten::residual_norm", mutates_args=())
+@operator("hasten::residual_norm")
 def _operator(
     x: torch.Tensor, second: torch.Tensor | None, y: torch.Tensor | None, more: torch.Tensor | None,
     gate: torch.Tensor | None, after_weight: torch.Tensor | None, weight: torch.Tensor | None,

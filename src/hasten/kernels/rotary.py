@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.kernels.serving import launches, served
+from hasten.kernels.serving import launches, operator, served
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, [batch or 1, tokens, size / 2]; pair i of neighbouring channels turns by the angle i."""
@@ -83,7 +83,7 @@ def _turned(values: torch.Tensor, rotation: Rotation | None, dtype: torch.dtype)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(dtype)
 
 
-@torch.library.custom_op("hasten::prepare_heads", mutates_args=())
+@operator("hasten::prepare_heads")
 def _operator(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_weight: torch.Tensor | None,
     key_weight: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None, query2: torch.Tensor | None,

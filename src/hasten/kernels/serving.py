@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,7 +13,8 @@ HAVE_TRITON = importlib.util.find_spec("triton") is not None
 LARGEST_ROW = 16384
 """Channels of a row that one program holds in registers at most."""
 launches: Counter[str] = Counter()
-"""Passes that kernels have made in this process, by operator; readers compare two points in time."""
+"""How often operators have launched kernels in this process, or compiled code has taken in their launches, by
+operator; readers compare two points in time."""
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,3 +39,14 @@ def _fits(tensor: torch.Tensor) -> bool:
 def codes_float8(device: torch.device) -> bool:
     """Does the card convert to 8-bit floats?"""
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A custom operator that launches kernels (`traced`), or computes by PyTorch's operators.
+
+    Compiled code takes in what it does instead of calling it: a call from Python takes the host longer than the
+    kernel takes the GPU.
+    """
+    if HAVE_TRITON:
+        return torch.library.triton_op(name, mutates_args=())
+    return torch.library.custom_op(name, mutates_args=())

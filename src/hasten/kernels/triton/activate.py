@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hasten.kernels.coded import DTYPES, Coding
 from hasten.kernels.triton.tokens import coding_facts
-from hasten.kernels.triton.tools import by_row, rotated, store_codes, warps
+from hasten.kernels.triton.tools import by_row, rotated, store_codes, traced, warps
 
 _KINDS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}
 PART = 4096
@@ -21,10 +21,9 @@ PART = 4096
 def _activated(values, KIND: tl.constexpr):
     if KIND == 0:
         return 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
-    if KIND == 1:
-        inner = 0.7978845608028654 * (values + 0.044715 * values * values * values)
-        return values * tl.sigmoid(2.0 * inner)
-    return values * tl.sigmoid(values)
+    # 0.5 * (1 + tanh(u)) is sigmoid(2u) = 1 / (1 + 2 ** (-2u / ln 2)).
+    power = values * (2.302208198 + 0.1029432397 * values * values if KIND == 1 else 1.4426950408889634)
+    return tl.fdiv(values, 1.0 + tl.exp2(-power))
 
 
 @triton.jit
@@ -61,7 +60,7 @@ def activate(
     scales = torch.empty((*x.shape[:-1], 1) if coding else (0,), dtype=torch.float32, device=x.device)
     whole = triton.next_power_of_2(width)
     size = whole if coding else min(whole, PART)
-    activation_kernel[(rows, triton.cdiv(width, size))](
+    traced(activation_kernel)[(rows, triton.cdiv(width, size))](
         flat, second, coding.smooth if coding else None, out, scales, width, flat.stride(0),
         0 if second is None else second.stride(0), KIND=_KINDS[kind], **coding_facts(coding), SIZE=size,
         num_warps=warps(size),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hasten.kernels.rotary import HeadNorm, Heads
-from hasten.kernels.triton.tools import by_row, warps
+from hasten.kernels.triton.tools import by_row, traced, warps
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _launch(
         cos, sin = cos.contiguous(), sin.contiguous()
     turns = (0, 0, 0) if cos is None else (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), cos.stride(2))
     heads, width = triton.next_power_of_2(count), triton.next_power_of_2(size)
-    heads_kernel[(samples * tokens,)](
+    traced(heads_kernel)[(samples * tokens,)](
         x, weight, cos, sin, out, tokens, count, size, out.shape[1], offset, x.stride(0), x.stride(1), x.stride(2),
         *turns, norm.eps if norm else 0.0, NORM=norm is not None, ACROSS=norm is not None and norm.across,
         HEADS=heads, SIZE=width, num_warps=warps(heads * width),

@@ -16,6 +16,7 @@ from hasten.kernels.call import Product
 from hasten.kernels.hadamard import hadamard
 from hasten.kernels.rounding import FLOAT8
 from hasten.kernels.triton import products, rows
+from hasten.kernels.triton.tools import traced
 from hasten.kernels.weight import QuantizedWeight, Scales
 
 _SMALLEST = 16
@@ -54,13 +55,13 @@ def round_tokens(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
     if product.rotation == 1:
         width = triton.next_power_of_2(inputs)
         warps = min(16, max(1, width // 512))
-        rows.round_rows[(tokens,)](
+        traced(rows.round_rows)[(tokens,)](
             x, product.smooth, given, codes, scales, inputs, **facts, WIDTH=width, num_warps=warps
         )
         return codes, scales
     matrix = hadamard(product.rotation, device=x.device, dtype=x.dtype)
     grid = (triton.cdiv(tokens, _SMALLEST),)
-    rows.rotate_round_rows[grid](
+    traced(rows.rotate_round_rows)[grid](
         x, product.smooth, matrix, given, codes, scales, tokens, inputs, **facts,
         GROUP=product.rotation, PART=min(64, product.rotation), TOKENS=_SMALLEST, num_warps=4,
     )  # fmt: skip
@@ -73,7 +74,7 @@ def widened_weight(product: Product, dtype: torch.dtype) -> torch.Tensor:
     found = torch.empty(outputs, inputs, dtype=dtype, device=product.x.device)
     width = _step(product)
     grid = (triton.cdiv(outputs, 32), inputs // width)
-    products.widen_weight[grid](
+    traced(products.widen_weight)[grid](
         *_weight(product.weight), found, outputs, inputs, *_groups(product.weight), **_codes(product),
         UNIT=product.group, BN=32, BK=width,
     )  # fmt: skip
@@ -83,7 +84,7 @@ def widened_weight(product: Product, dtype: torch.dtype) -> torch.Tensor:
 def widening(product: Product, x: torch.Tensor, scales: torch.Tensor | None, how: Tile) -> torch.Tensor:
     """The product with codes widened on the way, of prepared inputs, or of 8-bit ones and their scales."""
     out, ends, side = _ends(product, scales)
-    products.widening_product[_grid(product, how)](
+    traced(products.widening_product)[_grid(product, how)](
         x.contiguous(), *ends, out, *_weight(product.weight), *product.sizes, *side, *_groups(product.weight),
         **_codes(product), UNIT=product.group, BK=_step(product), **_tile(how, side),
     )  # fmt: skip
@@ -95,7 +96,7 @@ def by_rows(product: Product, x: torch.Tensor, scales: torch.Tensor, how: Tile) 
     weight, (out, ends, side) = product.weight, _ends(product, scales)
     scale = weight.scale.values()
     inner = next(size for size in (128, 64, 32) if product.x.shape[1] % size == 0)
-    products.rows_product[_grid(product, how)](
+    traced(products.rows_product)[_grid(product, how)](
         x, *ends, out, weight.codes.contiguous(), scale, *product.sizes, *side, int(scale.shape[0] > 1),
         SUM=_sum(x), BK=inner, **_tile(how, side),
     )  # fmt: skip
@@ -106,7 +107,7 @@ def by_groups(product: Product, x: torch.Tensor, scales: torch.Tensor, how: Tile
     """8-bit tokens times whole numbers (or 8-bit floats) with scales of groups."""
     out, ends, side = _ends(product, scales)
     inner = next(size for size in (128, 64, 32) if math.gcd(product.group, product.x.shape[1]) % size == 0)
-    products.grouped_product[_grid(product, how)](
+    traced(products.grouped_product)[_grid(product, how)](
         x, *ends, out, *_weight(product.weight), *product.sizes, *side, *_groups(product.weight),
         **_codes(product), SUM=_sum(x), BK=inner, **_tile(how, side),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hasten.kernels.coded import DTYPES, Coding
 from hasten.kernels.residual import Added, Norm, Normalizing
-from hasten.kernels.triton.tools import by_row, rotated, stages, store_codes, token_strides, warps
+from hasten.kernels.triton.tools import by_row, rotated, stages, store_codes, token_strides, traced, warps
 
 
 @triton.jit
@@ -19,13 +19,16 @@ def _load(pointer, columns, inside):
 
 
 @triton.jit
-def _added(x, y, more, gate, after_weight, columns, inside, width, after_eps, AFTER: tl.constexpr, HALF: tl.constexpr):
+def _added(
+    x, y, more, gate, after_weight, columns, inside, width, AFTER: tl.constexpr, AFTER_EPS: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
     """x + gate * after(y + more) of a token."""
     value = _load(y, columns, inside)
     if more is not None:
         value = value + _load(more, columns, inside)
     if AFTER:
-        value = value * tl.rsqrt(tl.sum(value * value, 0) / width + after_eps)
+        value = value * tl.rsqrt(tl.sum(value * value, 0) / width + AFTER_EPS)
         if after_weight is not None:
             value = value * _load(after_weight, columns, inside)
     if gate is not None:
@@ -35,10 +38,10 @@ def _added(x, y, more, gate, after_weight, columns, inside, width, after_eps, AF
 
 
 @triton.jit
-def _normed(values, weight, bias, columns, inside, width, eps, RMS: tl.constexpr):
+def _normed(values, weight, bias, columns, inside, width, RMS: tl.constexpr, EPS: tl.constexpr):
     if not RMS:
         values = tl.where(inside, values - tl.sum(values, 0) / width, 0.0)
-    values = values * tl.rsqrt(tl.sum(values * values, 0) / width + eps)
+    values = values * tl.rsqrt(tl.sum(values * values, 0) / width + EPS)
     if weight is not None:
         values = values * _load(weight, columns, inside)
     if bias is not None:
@@ -60,8 +63,9 @@ def token_kernel(
     x, y, more, gate, after_weight, weight, bias, shift, scale, smooth, total, out, scales,
     tokens, width, out_tokens, offset,
     x_sample, x_token, y_sample, y_token, more_sample, more_token, gate_sample, gate_token, shift_sample, shift_token,
-    scale_sample, scale_token, after_eps, eps,
-    ADD: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, HALF: tl.constexpr,
+    scale_sample, scale_token,
+    ADD: tl.constexpr, AFTER: tl.constexpr, AFTER_EPS: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
+    EPS: tl.constexpr, HALF: tl.constexpr,
     TWO: tl.constexpr, FOURS: tl.constexpr, LARGEST: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One token: sum, norm, modulation, and codes of it. `offset` is where the stream begins in the joined one."""
@@ -76,12 +80,12 @@ def token_kernel(
             gate += sample * gate_sample + token * gate_token
         if more is not None:
             more += sample * more_sample + token * more_token
-        values = _added(values, y, more, gate, after_weight, columns, inside, width, after_eps, AFTER, HALF)
+        values = _added(values, y, more, gate, after_weight, columns, inside, width, AFTER, AFTER_EPS, HALF)
         stored = values.to(total.dtype.element_ty)
         tl.store(total + row * width + columns, stored, mask=inside)
         values = stored.to(tl.float32)
     if NORM:
-        values = _normed(values, weight, bias, columns, inside, width, eps, RMS)
+        values = _normed(values, weight, bias, columns, inside, width, RMS, EPS)
         if shift is not None:
             shift += sample * shift_sample + token * shift_token
         if scale is not None:
@@ -127,13 +131,13 @@ def _launch(
     norm = how.norm if how else Norm("layer", 0.0)
     shift, scale, coding = (_rows(how.shift), _rows(how.scale), how.coding) if how else (None, None, None)
     size = triton.next_power_of_2(width)
-    token_kernel[(samples * tokens,)](
+    traced(token_kernel)[(samples * tokens,)](
         x, y, more, gate, after.weight if after else None, norm.weight, norm.bias, shift, scale,
         coding.smooth if coding else None, *made, tokens, width, every, offset, x.stride(0), x.stride(1),
         *token_strides(y), *token_strides(more), *token_strides(gate), *token_strides(shift), *token_strides(scale),
-        after.eps if after else 0.0, norm.eps,
-        ADD=added is not None, AFTER=after is not None, NORM=how is not None, RMS=norm.kind == "rms",
-        HALF=x.dtype == torch.float16, **coding_facts(coding), SIZE=size, num_warps=warps(size),
+        ADD=added is not None, AFTER=after is not None, AFTER_EPS=after.eps if after else 0.0, NORM=how is not None,
+        RMS=norm.kind == "rms", EPS=norm.eps, HALF=x.dtype == torch.float16, **coding_facts(coding), SIZE=size,
+        num_warps=warps(size),
     )  # fmt: skip
 
 
