@@ -49,8 +49,8 @@ class HeadsAttention(Protocol):
     An attention module that carries one under the name `CARRIED` has its attention computed by it.
     """
 
-    def __call__(self, streams: Sequence[Heads], norm: HeadNorm | None) -> torch.Tensor:
-        """[batch, all tokens, heads, size], in the type of the streams."""
+    def __call__(self, streams: Sequence[Heads], norm: HeadNorm | None) -> torch.Tensor | None:
+        """[batch, all tokens, heads, size] in the type of the streams, or None: attention is to be called as ever."""
         ...
 
 
