@@ -107,8 +107,8 @@ def head_cases(count: int, size: int, dtype: torch.dtype, device: str = "cpu") -
         label = f"{name} {count}x{size}"
         yield label, prepare_heads(streams, norm), rotary.eager(streams, norm)
         yield f"float8 {label}", code(streams, norm), coded_heads.eager(streams, norm)
-    query, key, value = (values(2, tokens, heads, size, dtype=dtype, device=device, seed=heads) * scale
-                         for tokens, heads, scale in ((4, 2 * count, 1e-4), (9, count, 1), (9, count, 300)))  # fmt: skip
+    sizes = ((4, 2 * count, 1e-4), (9, count, 1), (9, count, 300))
+    query, key, value = (values(2, n, heads, size, dtype=dtype, device=device) * scale for n, heads, scale in sizes)
     crossed = [Heads(query.transpose(1, 2).contiguous().transpose(1, 2), key, value)]
     yield f"float8 grouped {count}x{size}", code(crossed, None), coded_heads.eager(crossed, None)
 

@@ -29,8 +29,8 @@ class EightBitAttention(Technique):
 
     The picture changes. Calls that no 8-bit kernel takes (with a mask, say) or with fewer keys than `least_keys`
     stay as they are and are counted as such. The float8 reference computes the same with plain operations on any
-    device, slowly: it shows what 8 bits do to a picture before there is a card that gains from them. Where `FusedBlocks`
-    norms and rotates queries and keys, the same pass rounds them for the float8 kernels.
+    device, slowly: it shows what 8 bits do to a picture before there is a card that gains from them. Where
+    `FusedBlocks` norms and rotates queries and keys, the same pass rounds them for the float8 kernels.
     """
 
     stage: ClassVar[Stage] = Stage.STRUCTURE

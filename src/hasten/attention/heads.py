@@ -11,6 +11,7 @@ from hasten.attention.call import AttentionCall
 from hasten.attention.choosing import CHOICES, served, settled
 from hasten.attention.kernels import KERNELS
 from hasten.attention.kernels.base import RunCodes
+from hasten.attention.kernels.tools import token_major
 from hasten.attention.operator import Calls, calls, compute
 from hasten.kernels.coded_heads import code_heads
 from hasten.kernels.rotary import HeadNorm, Heads, flat, prepare, unflat
@@ -93,8 +94,8 @@ def attend_heads(
     norm = HeadNorm(eps, across) if normalized else None
     found = _on_codes(streams, norm, asked, least, calls)
     if found is None:
-        parts = (part.transpose(1, 2) for part in prepare(streams, norm))
-        found = compute(*parts, None, 0.0, None, asked, least, calls).transpose(1, 2)
+        near, far, values = token_major(*prepare(streams, norm))
+        found = compute(near, far, values, None, 0.0, None, asked, least, calls).transpose(1, 2)
     return found.contiguous()
 
 

@@ -1,9 +1,9 @@
 """Queries, keys and values as 8-bit floats with a scale per head, by the pass that norms, rotates and joins them.
 
-After an RMS norm over n channels with weight w no channel is larger than sqrt(n) * max |w|, and a rotation turns pairs of
-channels inside a head whose length that also bounds. So the scale of normalized queries and keys is known before they
-are, and no pass looks for the largest one. That the largest code goes unused costs nothing measurable: e4m3 rounds
-relatively to each number, over 14 octaves. Values, and what is not normalized, are searched for their largest number.
+After an RMS norm over n channels with weight w no channel is larger than sqrt(n) * max |w|, and a rotation turns pairs
+of channels, whose length that also bounds. So the scale of normalized queries and keys is known before they are, and
+no pass looks for the largest one. That the largest codes go unused costs nothing measurable: e4m3 rounds relatively to
+each number, over 14 octaves. Values, and what is not normalized, are searched for their largest number.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from hasten.kernels.rotary import HeadNorm, Heads, flat, reference, unflat
 from hasten.kernels.serving import codes_float8, launches, served
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Codes of queries, keys and values, and scales."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST_SCALE = 2.0**-40
 """Of a head of zeros. Kernels multiply scales of queries and keys, which must not become zero."""
@@ -72,7 +74,8 @@ def code_heads(streams: Sequence[Heads], norm: HeadNorm | None = None) -> CodedH
             found = _operator(*flat(first), *flat(second), *facts)
         else:
             found = _computed(streams, norm)
-    return CodedHeads(*found, first.query.dtype)
+    query, key, value, scales = found
+    return CodedHeads(query, key, value, scales, first.query.dtype)
 
 
 def _by_kernel(streams: Sequence[Heads], norm: HeadNorm | None) -> bool:
@@ -83,7 +86,7 @@ def _by_kernel(streams: Sequence[Heads], norm: HeadNorm | None) -> bool:
     return usual and served(*parts) and codes_float8(parts[0].device)
 
 
-def _computed(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor, ...]:
+def _computed(streams: Sequence[Heads], norm: HeadNorm | None) -> Parts:
     if not streams[0].query.is_cuda:
         return eager(streams, norm)
     from hasten.kernels.triton.coded_heads import code
@@ -92,11 +95,12 @@ def _computed(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Te
     return code(streams, norm)
 
 
-def eager(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor, ...]:
+def eager(streams: Sequence[Heads], norm: HeadNorm | None) -> Parts:
     """The reference: codes of queries, keys and values, and scales."""
     scales = (_largest(streams, norm) / LARGEST).clamp_min(SMALLEST_SCALE)
     parts = zip(reference(streams, norm, torch.float32), scales.unbind(), strict=True)
-    return *(_rounded(part / _by_head(scale, part)) for part, scale in parts), scales
+    query, key, value = (_rounded(part / _by_head(scale, part)) for part, scale in parts)
+    return query, key, value, scales
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:
@@ -145,8 +149,7 @@ def _operator(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     streams = unflat(query, key, value, query_weight, key_weight, cos, sin)
     streams += unflat(query2, key2, value2, query_weight2, key_weight2, cos2, sin2)
-    queries, keys, values, scales = _computed(streams, HeadNorm(eps, across) if normalized else None)
-    return queries, keys, values, scales
+    return _computed(streams, HeadNorm(eps, across) if normalized else None)
 
 
 @_operator.register_fake

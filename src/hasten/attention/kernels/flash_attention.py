@@ -89,12 +89,13 @@ def _float8(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias | None, dropout: float,
     scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    given = code_heads([Heads(*token_major(query, key, value))])
-    codes = token_major(given.query, given.key, given.value)
+    near, far, values = token_major(query, key, value)
+    given = code_heads([Heads(near, far, values)])
+    near, far, values = token_major(given.query, given.key, given.value)
     scales = given.scales
     if isinstance(bias, BlockDiagonal):  # there each sequence has its scales
         scales = scales.repeat_interleave(len(bias.lengths), 1)
-    return _call(FLASH3, *codes, bias, _asked(scales, scale), -1).to(query.dtype)
+    return _call(FLASH3, near, far, values, bias, _asked(scales, scale), -1).to(query.dtype)
 
 
 def flash3_codes(given: CodedHeads, scale: float | None) -> torch.Tensor:

@@ -44,14 +44,14 @@ def float8_reference(
 ) -> torch.Tensor:  # fmt: skip
     """Attention computed plainly on numbers rounded to float8; memory grows with the keys, time is no concern."""
     mask = None if bias is None else _mask(bias, query, key)
-    parts = (rounded(part, key.shape[1]) for part in (query, key, value))
-    return _attention(*parts, mask, scale).to(query.dtype)
+    near, far, values = (rounded(part, key.shape[1]) for part in (query, key, value))
+    return _attention(near, far, values, mask, scale).to(query.dtype)
 
 
 def reference_codes(given: CodedHeads, scale: float | None) -> torch.Tensor:
     """The same on numbers that are float8 already, [batch, tokens, heads, size]."""
-    parts = token_major(*given.values())
-    return _attention(*parts, None, scale).to(given.dtype).transpose(1, 2)
+    near, far, values = token_major(*given.values())
+    return _attention(near, far, values, None, scale).to(given.dtype).transpose(1, 2)
 
 
 def _attention(

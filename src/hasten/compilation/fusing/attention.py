@@ -103,9 +103,10 @@ class FusedAttention:
 
     def _attended(self, streams: Sequence[Heads], given: Mapping[str, Any]) -> torch.Tensor:
         """Attention after norm and rotation, [batch, all tokens, heads, size]."""
+        module: Any = self.module
         masked = self.plan.mask and given.get(self.plan.mask) is not None
-        chosen = getattr(self.module.processor, "_attention_backend", None) is not None
-        carried: HeadsAttention | None = getattr(self.module, CARRIED, None)
+        chosen = getattr(module.processor, "_attention_backend", None) is not None
+        carried: HeadsAttention | None = getattr(module, CARRIED, None)
         if carried is not None and not masked and not chosen:
             found = carried(streams, self._norm())
             if found is not None:

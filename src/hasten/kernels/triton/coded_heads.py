@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hasten.kernels.coded_heads import LARGEST, SMALLEST_SCALE
+from hasten.kernels.coded_heads import LARGEST, SMALLEST_SCALE, Parts
 from hasten.kernels.rotary import HeadNorm, Heads
 from hasten.kernels.triton.heads import normed, turned, turns
 from hasten.kernels.triton.tools import by_row, warps
@@ -145,7 +145,7 @@ def codes_kernel(
                   False, ACROSS, GROUPS, SIZE)  # fmt: skip
 
 
-def code(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor, ...]:
+def code(streams: Sequence[Heads], norm: HeadNorm | None) -> Parts:
     """What `kernels.coded_heads` asks for: codes of queries, keys and values, and scales [3, samples, key heads]."""
     first = streams[0]
     codes = [
@@ -161,7 +161,8 @@ def code(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor,
     for one, heads in parts:
         _write(heads, one, scales, codes, norm, offset)
         offset += one.query.shape[1]
-    return *codes, scales
+    query, key, value = codes
+    return query, key, value, scales
 
 
 def _bounds(first: Heads, second: Heads | None, norm: HeadNorm | None) -> torch.Tensor:

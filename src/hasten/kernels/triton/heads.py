@@ -1,6 +1,6 @@
 """The kernel behind `kernels.rotary`: a program norms and rotates all heads of a token, where attention wants them."""
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# ruff: noqa: ANN001, ANN201, ANN202, N803 - types of a kernel's arguments are Triton's; constants are in capitals
+# ruff: noqa: ANN001, ANN201, N803 - types of a kernel's arguments are Triton's; constants are in capitals
 
 from __future__ import annotations
 
