@@ -27,6 +27,7 @@ from hasten.kernels.coded import Coding
 from hasten.kernels.residual import Added, Norm, Normalizing
 from hasten.kernels.rotary import HeadNorm, Heads
 from hasten.kernels.triton.activate import activate
+from hasten.kernels.triton.coded_heads import code
 from hasten.kernels.triton.heads import prepare_heads
 from hasten.kernels.triton.tokens import residual_norm
 
@@ -93,10 +94,17 @@ def calls() -> Iterator[str]:
         heads = Heads(q, k, v, meta(size), meta(size), None if model.startswith("SD3") else (turns, turns))
         prepare_heads([heads, heads], HeadNorm(1e-6))
         yield f"{model} heads"
+        code([heads, heads], HeadNorm(1e-6))
+        yield f"{model} heads, float8"
+        code([Heads(*(part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k, v)))], None)
+        yield f"{model} heads, float8, no norm"
     q = meta(1, 4096, 40, 128)
     turns = meta(1, 4096, 1, 128, dtype=torch.float32)[:, :, 0, ::2]
-    prepare_heads([Heads(q, q, q, meta(5120), meta(5120), (turns, turns))], HeadNorm(1e-6, across=True))
+    heads, across = Heads(q, q, q, meta(5120), meta(5120), (turns, turns)), HeadNorm(1e-6, across=True)
+    prepare_heads([heads], across)
     yield "Wan 14B heads"
+    code([heads], across)
+    yield "Wan 14B heads, float8"
 
 
 def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:

@@ -116,10 +116,10 @@ def test_a_remembered_kernel_that_is_gone_is_not_used(kernels: Kernels, monkeypa
 DAMAGED = (
     "{",
     "[]",
-    '{"format": 1, "choices": []}',
+    '{"format": 2, "choices": []}',
     '{"format": 99, "choices": {}}',
-    '{"format": 1, "choices": {"KEY": {"kernel": 3}}}',
-    '{"format": 1, "choices": {"KEY": {"kernel": "math", "trials": [{}]}}}',
+    '{"format": 2, "choices": {"KEY": {"kernel": 3}}}',
+    '{"format": 2, "choices": {"KEY": {"kernel": "math", "trials": [{}]}}}',
 )
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hasten.attention import (
     BlockDiagonal,
+    EightBitAttention,
     LocalFromBottomRight,
     LowerTriangular,
     LowerTriangularFromBottomRight,
@@ -21,11 +22,20 @@ from hasten.attention.bias import Bias, materialize
 from hasten.attention.call import AttentionCall
 from hasten.attention.kernels import KERNELS, LOSSLESS, LOSSY, builtin, float8, sage_attention
 from hasten.attention.kernels.flash_attention import FLASH2, FLASH3, FLASH4
+from hasten.attention.kernels.float8 import reference_codes
 from hasten.attention.kernels.reduction import reduced
 from hasten.attention.kernels.tools import padded
 from hasten.attention.rows import reference, reference_error
+from hasten.compilation import CompileBlocks, FusedBlocks
 from hasten.core.errors import Refused
+from hasten.core.registry import specs
+from hasten.core.session import accelerate
+from hasten.core.spec import InputSize
+from hasten.kernels.coded_heads import code_heads
+from hasten.kernels.rotary import HeadNorm, Heads, prepare
+from hasten.kernels.serving import launches
 from tests.attention.fakes import FlashPackage, dense, expected, provide, varlen, window
+from tests.contract.rigs import moved
 
 CUDA = torch.device("cuda")
 CASES: dict[str, tuple[Bias | None, int, int]] = {
@@ -78,12 +88,15 @@ def test_flash2_passes_dropout_and_scale(monkeypatch: pytest.MonkeyPatch) -> Non
     assert stand_in.seen[0][1]["dropout_p"] == 0.25
 
 
+@pytest.mark.parametrize("size", [12, 16])
 @pytest.mark.parametrize("case", CASES)
-def test_float8_flash_gets_numbers_and_scales_that_belong_together(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float8_flash_gets_numbers_and_scales_that_belong_together(
+    case: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in = FlashPackage(3)
     provide(monkeypatch, "fa3_fwd_interface", stand_in)
     bias, queries, keys = CASES[case]
-    q, k, v = tensors(queries, keys, heads=4, key_heads=2, size=16)
+    q, k, v = tensors(queries, keys, heads=4, key_heads=2, size=size)
     q[0] *= 40  # a scale that were shared would lose the other sample
     v[:, 1] *= 1e-4
     exact = expected(q, k, v, bias)
@@ -322,3 +335,57 @@ def test_float8_flash_is_what_the_reference_says() -> None:
     exact, plain = expected(q, k, v, None), KERNELS["float8_reference"](q, k, v)
     found = entry(q, k, v)
     assert (found.float() - plain.float()).norm() < 0.6 * (found.double() - exact).norm()
+
+
+def streams(device: str, dtype: torch.dtype) -> list[Heads]:
+    """Two streams of one FLUX block: parts of stacked projections, norms of their own, a rotation."""
+    made: list[Heads] = []
+    for tokens in (77, 515):
+        whole = tensors(tokens, tokens, heads=12, size=128, dtype=dtype, device=device)[0].transpose(1, 2)
+        angles = torch.rand(1, tokens, 64, device=device)
+        weights = (torch.rand(128, device=device, dtype=dtype) + 0.5 for _ in range(2))
+        made.append(Heads(*whole.split(4, 2), *weights, (angles.cos(), angles.sin())))  # pyright: ignore
+    return made
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float8_flash_takes_codes_from_the_pass_before(dtype: torch.dtype) -> None:
+    entry = KERNELS["flash3_float8"]
+    if problem := entry.problem(CUDA, dtype):
+        pytest.skip(problem)
+    assert entry.codes
+    with torch.no_grad():
+        made, norm = streams("cuda", dtype), HeadNorm(1e-6)
+        before = launches["code_heads"]
+        coded = code_heads(made, norm)
+        assert launches["code_heads"] == before + 1
+        found, plain = entry.codes(coded, None), reference_codes(coded, None)
+        q, k, v = (part.transpose(1, 2) for part in prepare(made, norm))
+        exact = expected(q, k, v, None)
+        afterwards = entry(q, k, v)
+    assert (found.shape, found.dtype) == ((2, 592, 4, 128), dtype)
+    errors = [float((one.double() - exact).norm()) for one in (found.transpose(1, 2), afterwards)]
+    assert errors[0] < 1.1 * errors[1]
+    assert (found.float() - plain.float()).norm() < 0.6 * errors[0]
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_on_a_gpu_hand_codes_to_attention(compiled: bool) -> None:
+    if problem := KERNELS["flash3_float8"].problem(CUDA, torch.bfloat16):
+        pytest.skip(problem)
+    torch._dynamo.reset()
+    spec = specs()["flux"]
+    config = {**spec.tiny, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+    model = spec.build(config).to("cuda", torch.bfloat16)
+    given = moved(spec.example(config, InputSize(batch=2)), CUDA)
+    given = {name: x.bfloat16() if x.is_floating_point() and name != "timestep" else x for name, x in given.items()}
+    technique = EightBitAttention(kernel="flash3_float8", least_keys=0)
+    recipe = technique | FusedBlocks()
+    with torch.no_grad():
+        plain = model(**given, return_dict=False)[0].float()
+        with accelerate(model, recipe | CompileBlocks() if compiled else recipe) as session:
+            found = model(**given, return_dict=False)[0].float()
+            assert "6 of them took codes from the pass before; 0 stayed" in session.evidence()[technique].summary
+    assert 0 < (found - plain).norm() < 0.05 * plain.norm()

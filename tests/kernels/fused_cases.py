@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from hasten.kernels import gated, residual, rotary
+from hasten.kernels import coded_heads, gated, residual, rotary
 from hasten.kernels.coded import Coding
 from hasten.kernels.residual import Added, Norm, Normalizing
 from hasten.kernels.rotary import HeadNorm, Heads
@@ -78,25 +79,38 @@ def activation_cases(width: int, dtype: torch.dtype, device: str = "cpu") -> Ite
             yield label, activate(first, kind, other, coding), gated.eager(first, kind, other, coding)
 
 
-def head_cases(count: int, size: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
-    from hasten.kernels.triton.heads import prepare_heads
+def head_streams(count: int, size: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, list[Heads], Any]]:
+    """Streams of heads, and their norm."""
 
-    def stream(tokens: int, weights: int, form: str) -> Heads:
+    def stream(tokens: int, weights: int, form: str, seed: int = 0) -> Heads:
         whole = values(2, tokens, 3 * count * size, dtype=dtype, device=device).split(count * size, -1)
         parts = [part.unflatten(-1, (count, size)) for part in whole]
-        weight = values(weights, dtype=dtype, device=device) if weights else None
+        weight = values(weights, dtype=dtype, device=device, seed=seed) if weights else None
         angles = values(1, tokens, size // 2, device=device)
         turns = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).unbind(-1)
         repeated = tuple(turn.repeat_interleave(2, -1)[..., ::2] for turn in turns)
         return Heads(*parts, weight, weight, {"": None, "complex": turns, "real": repeated}[form])  # pyright: ignore
 
-    for name, streams, norm in (
-        ("joined, real", [stream(3, size, "real"), stream(5, size, "real")], HeadNorm(1e-6)),
-        ("complex", [stream(5, size, "complex")], HeadNorm(1e-6)),
-        ("across heads", [stream(5, count * size, "complex")], HeadNorm(1e-6, across=True)),
-        ("joined only", [stream(5, 0, ""), stream(3, 0, "")], None),
-    ):
-        yield f"{name} {count}x{size}", prepare_heads(streams, norm), rotary.eager(streams, norm)
+    yield "joined, real", [stream(3, size, "real"), stream(5, size, "real", seed=9)], HeadNorm(1e-6)
+    yield "complex", [stream(5, size, "complex")], HeadNorm(1e-6)
+    yield "across heads", [stream(5, count * size, "complex")], HeadNorm(1e-6, across=True)
+    yield "no weights", [stream(5, 0, "")], HeadNorm(1e-6)
+    yield "joined only", [stream(5, 0, ""), stream(3, 0, "")], None
+    yield "turned only", [stream(19, 0, "real")], None
+
+
+def head_cases(count: int, size: int, dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
+    from hasten.kernels.triton.coded_heads import code
+    from hasten.kernels.triton.heads import prepare_heads
+
+    for name, streams, norm in head_streams(count, size, dtype, device):
+        label = f"{name} {count}x{size}"
+        yield label, prepare_heads(streams, norm), rotary.eager(streams, norm)
+        yield f"float8 {label}", code(streams, norm), coded_heads.eager(streams, norm)
+    sizes = ((4, 2 * count, 1e-4), (9, count, 1), (9, count, 300))
+    query, key, value = (values(2, n, heads, size, dtype=dtype, device=device) * scale for n, heads, scale in sizes)
+    crossed = [Heads(query.transpose(1, 2).contiguous().transpose(1, 2), key, value)]
+    yield f"float8 grouped {count}x{size}", code(crossed, None), coded_heads.eager(crossed, None)
 
 
 def all_cases(dtype: torch.dtype, device: str = "cpu", *, small: bool = True) -> Iterator[Case]:

@@ -72,7 +72,7 @@ def test_operators_keep_their_contracts() -> None:
     (one, _), (other, _) = stream(3), stream(4, seed=5)
     checks = ("test_schema", "test_faketensor")
     for second in (None, other):
-        given = (*rotary._flat(one), *rotary._flat(second), True, 1e-6, False)
+        given = (*rotary.flat(one), *rotary.flat(second), True, 1e-6, False)
         torch.library.opcheck(rotary._operator, given, test_utils=checks)
     x = values(2, 3, 32)
     for coding in ("", "int8", "float8"):

@@ -57,8 +57,8 @@ def chosen(
     Raises Refused with every candidate's reason when none can serve the call.
     """
     here = (asked, call)
-    if here not in _known:
-        _known[here] = _recalled(asked, call) or _measured(asked, call, query, key, value, bias, dropout, scale)
+    if settled(asked, call) is None:
+        _known[here] = _measured(asked, call, query, key, value, bias, dropout, scale)
     return _known[here]
 
 
@@ -66,6 +66,16 @@ def served(asked: str, call: AttentionCall) -> bool:
     """Does a kernel, or one of a choice, take this call?"""
     names = CHOICES[asked].names if asked in CHOICES else (asked,)
     return any(KERNELS[name].refuses(call) is None for name in names)
+
+
+def settled(asked: str, call: AttentionCall) -> str | None:
+    """The kernel that serves a call where that needs no measuring: the one asked for, or one chosen before."""
+    if asked not in CHOICES:
+        return asked
+    here = (asked, call)
+    if here not in _known and (found := _recalled(asked, call)):
+        _known[here] = found
+    return _known[here].kernel if here in _known else None
 
 
 def known(asked: str, call: AttentionCall) -> Choice | None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from hasten.attention.backend import in_words, unknown_modules, unusable
 from hasten.attention.choosing import CHOICES
+from hasten.attention.heads import TAKEN, FromHeads, may_take_codes
 from hasten.attention.kernels import KERNELS, LOSSY
 from hasten.attention.operator import PLAIN
 from hasten.attention.redirect import Counted, redirect
@@ -17,6 +18,7 @@ from hasten.core.session import Session
 from hasten.core.target import Target
 from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
+from hasten.kernels.coded_heads import CARRIED
 
 _AUTO = "auto_8bit"
 
@@ -27,7 +29,8 @@ class EightBitAttention(Technique):
 
     The picture changes. Calls that no 8-bit kernel takes (with a mask, say) or with fewer keys than `least_keys`
     stay as they are and are counted as such. The float8 reference computes the same with plain operations on any
-    device, slowly: it shows what 8 bits do to a picture before there is a card that gains from them.
+    device, slowly: it shows what 8 bits do to a picture before there is a card that gains from them. Where
+    `FusedBlocks` norms and rotates queries and keys, the same pass rounds them for the float8 kernels.
     """
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
@@ -55,7 +58,12 @@ class EightBitAttention(Technique):
 
     def apply(self, target: Target, patch: Patch) -> None:
         """Redirect the attention calls that an 8-bit kernel takes."""
-        redirect(target, patch, self._asked, "attention is computed on 8-bit numbers", self.least_keys)
+        counted = redirect(target, patch, self._asked, "attention is computed on 8-bit numbers", self.least_keys)
+        if may_take_codes(self._asked, target.device, target.dtype):
+            from_heads = FromHeads(self._asked, self.least_keys, counted.eager)
+            for denoiser in target.denoisers:
+                for _, module in denoiser.of_class(*denoiser.spec.attention):
+                    patch.set(module, CARRIED, from_heads, "takes 8-bit numbers from the pass before, if that is fused")
 
     @property
     def _asked(self) -> str:
@@ -68,8 +76,10 @@ class EightBitAttention(Technique):
         if not counted:
             raise NotEngaged(f"no attention call was computed on 8-bit numbers ({left} stayed as they were).")
         done = f"{counted.total()} attention calls went to the {self.kernel} kernel"
-        words = in_words(_AUTO, counted) if self.kernel == "auto" else done
-        return Evidence(summary=f"{words}; {left} stayed as they were")
+        words = [in_words(_AUTO, counted) if self.kernel == "auto" else done]
+        if taken := state.of(TAKEN).total():
+            words.append(f"{taken} of them took {TAKEN}")
+        return Evidence(summary="; ".join([*words, f"{left} stayed as they were"]))
 
     def cost(self, target: Target, workload: Workload) -> Cost:
         """The gain depends on shapes and device; memory does not grow."""

@@ -18,7 +18,8 @@ from hasten.core.files import atomic_write_text, json_text, read_json
 from hasten.core.packages import installed
 from hasten.core.user_cache import user_cache
 
-_FORMAT = 1
+_FORMAT = 2
+"""Changes also where a kernel of ours does, since the times of the other would no longer be its own."""
 
 
 @dataclass(frozen=True)

@@ -43,22 +43,39 @@ def prepare(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tens
     first, second = streams[0], streams[1] if len(streams) > 1 else None
     every = [part for one in streams for part in (one.query, one.key, one.value)]
     if not served(*every):
-        return _reference(streams, norm)
+        return reference(streams, norm)
     facts = (norm is not None, norm.eps if norm else 0.0, norm.across if norm else False)
-    query, key, value = _operator(*_flat(first), *_flat(second), *facts)
+    query, key, value = _operator(*flat(first), *flat(second), *facts)
     return query, key, first.value if second is None else value
 
 
-def _flat(one: Heads | None) -> tuple[torch.Tensor | None, ...]:
+def flat(one: Heads | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a stream in the order in which operators take them; `unflat` is the way back."""
     if one is None:
         return (None,) * 7
     return one.query, one.key, one.value, one.query_weight, one.key_weight, *(one.rotation or (None, None))
 
 
-def _reference(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    queries = [_turned(_normed(one.query, one.query_weight, norm), one.rotation, one.query.dtype) for one in streams]
-    keys = [_turned(_normed(one.key, one.key_weight, norm), one.rotation, one.key.dtype) for one in streams]
-    return _join(queries), _join(keys), _join([one.value for one in streams])
+def unflat(
+    query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor | None,
+    query_weight: torch.Tensor | None, key_weight: torch.Tensor | None, cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+) -> list[Heads]:  # fmt: skip
+    """The stream of these tensors in a list, which is empty if there is none."""
+    if query is None or key is None or value is None:
+        return []
+    rotation = None if cos is None or sin is None else (cos, sin)
+    return [Heads(query, key, value, query_weight, key_weight, rotation)]
+
+
+def reference(
+    streams: Sequence[Heads], norm: HeadNorm | None, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `prepare` computes, by PyTorch's operators, in the streams' type or the given one."""
+    kind = dtype or streams[0].query.dtype
+    queries = [_turned(_normed(one.query, one.query_weight, norm), one.rotation, kind) for one in streams]
+    keys = [_turned(_normed(one.key, one.key_weight, norm), one.rotation, kind) for one in streams]
+    return _join(queries), _join(keys), _join([one.value.to(kind) for one in streams])
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -92,9 +109,8 @@ def _operator(
     eps: float, across: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Queries, keys, and values if there are two streams (otherwise empty)."""
-    streams = [Heads(query, key, value, query_weight, key_weight, _rotation(cos, sin))]
-    if query2 is not None and key2 is not None and value2 is not None:
-        streams.append(Heads(query2, key2, value2, query_weight2, key_weight2, _rotation(cos2, sin2)))
+    streams = unflat(query, key, value, query_weight, key_weight, cos, sin)
+    streams += unflat(query2, key2, value2, query_weight2, key_weight2, cos2, sin2)
     norm = HeadNorm(eps, across) if normalized else None
     if not query.is_cuda:
         return eager(streams, norm)
@@ -104,13 +120,9 @@ def _operator(
     return prepare_heads(streams, norm)
 
 
-def _rotation(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Rotation | None:
-    return None if cos is None or sin is None else (cos, sin)
-
-
 def eager(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the operator returns, by the reference: tensors of its own."""
-    query, key, value = _reference(streams, norm)
+    query, key, value = reference(streams, norm)
     value = value if len(streams) > 1 else value.new_empty(0)
     own = [
         part.clone() if part is given else part for part, given in ((query, streams[0].query), (key, streams[0].key))

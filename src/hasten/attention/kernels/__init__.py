@@ -8,7 +8,7 @@ from hasten.attention.kernels import builtin
 from hasten.attention.kernels import flash_attention as flash
 from hasten.attention.kernels.base import HALF, AttentionKernel
 from hasten.attention.kernels.flex_attention import flex
-from hasten.attention.kernels.float8 import float8_reference
+from hasten.attention.kernels.float8 import float8_reference, reference_codes
 from hasten.attention.kernels.sage_attention import SAGE, sage
 from hasten.attention.kernels.xformers_operator import XFORMERS, no_operator, xformers
 from hasten.core.errors import UnknownName
@@ -123,6 +123,8 @@ KERNELS: dict[str, AttentionKernel] = {
             name="flash3_float8",
             about="FlashAttention 3 on float8 numbers, a scale per head, for Hopper GPUs (package fa3-fwd)",
             run=flash.flash3_float8,
+            codes=flash.flash3_codes,
+            codes_size=flash.FLOAT8_SIZE,
             dtypes=HALF,
             capability=(9,),
             largest_head=256,
@@ -145,6 +147,7 @@ KERNELS: dict[str, AttentionKernel] = {
             name="float8_reference",
             about="what float8 attention with a scale per head computes, rendered plainly on any device, slowly",
             run=float8_reference,
+            codes=reference_codes,
             devices=("cpu", "cuda", "mps", "xpu"),
             other_value_size=True,
             masks="yes",

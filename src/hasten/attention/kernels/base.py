@@ -15,10 +15,13 @@ from hasten.attention.kernels.packages import Package, package_obstacle
 from hasten.attention.kernels.reduction import reduced
 from hasten.core.diagnosis import Obstacle
 from hasten.core.errors import Refused
+from hasten.kernels.coded_heads import CodedHeads
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bias | None, float, float | None], torch.Tensor]
 """(query, key, value [batch, heads, tokens, head size], bias, dropout, scale) -> like query."""
 
+RunCodes = Callable[[CodedHeads, float | None], torch.Tensor]
+"""(8-bit query, key and value, scale) -> [batch, tokens, heads, head size]."""
 HALF = (torch.float16, torch.bfloat16)
 MASKS = Literal["yes", "no", "on the CPU"]
 
@@ -49,6 +52,10 @@ class AttentionKernel:
     gradients: bool = False
     lossy: bool = False
     """Does the result differ by more than rounding?"""
+    codes: RunCodes | None = None
+    """Computes on 8-bit numbers as the pass before attention writes them, if it can; without a bias."""
+    codes_size: int = 1
+    """Head sizes that it takes so are multiples of this."""
     package: Package | None = None
     probe: Callable[[torch.device, torch.dtype], Obstacle | None] | None = None
     """A closer look at device and package, beyond these facts."""
@@ -109,6 +116,10 @@ class AttentionKernel:
             wanted = " or ".join(f"{one}.x" for one in self.capability)
             return f"the {self.name} kernel needs a GPU of compute capability {wanted}, not {major}.x"
         return None
+
+    def takes_codes(self, call: AttentionCall) -> bool:
+        """Can the pass before attention round for it?"""
+        return self.codes is not None and not call.bias and call.head_size % self.codes_size == 0
 
     def unmet(self, call: AttentionCall) -> Iterator[str]:
         """What is asked of it that it does not have, whatever the device."""

@@ -16,10 +16,11 @@ from hasten.attention.bias import (
     LowerTriangular,
     LowerTriangularFromBottomRight,
 )
-from hasten.attention.kernels.float8 import quantized
 from hasten.attention.kernels.packages import Package, function
 from hasten.attention.kernels.reduction import Run
 from hasten.attention.kernels.tools import from_a_row, in_a_row, offsets, padded, token_major
+from hasten.kernels.coded_heads import CodedHeads, code_heads
+from hasten.kernels.rotary import Heads
 
 FLASH2 = Package("flash-attn", ("flash_attn",), "pip install flash-attn --no-build-isolation", "flash_attn_func", "2.6")
 FLASH3 = Package("fa3-fwd", ("fa3_fwd_interface", "flash_attn_interface"), "pip install fa3-fwd", "flash_attn_func")
@@ -72,18 +73,37 @@ def _output(found: Any) -> torch.Tensor:
     return found[0] if isinstance(found, tuple) else found  # pyright: ignore[reportUnknownVariableType]
 
 
+FLOAT8_SIZE = 16
+"""Heads of float8 numbers are of multiples of this size."""
+
+
 def flash3_float8(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias | None, dropout: float,
     scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """FlashAttention 3 on float8 numbers, with one scale for each sample and key head."""
-    groups = key.shape[1]
-    (query8, query_scale), (key8, key_scale), (value8, value_scale) = (
-        quantized(part, groups) for part in (query, key, value)
-    )
-    scales = [query_scale, key_scale, value_scale]
+    return padded(_float8, FLOAT8_SIZE)(query, key, value, bias, dropout, scale)
+
+
+def _float8(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Bias | None, dropout: float,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    near, far, values = token_major(query, key, value)
+    given = code_heads([Heads(near, far, values)])
+    near, far, values = token_major(given.query, given.key, given.value)
+    scales = given.scales
     if isinstance(bias, BlockDiagonal):  # there each sequence has its scales
-        scales = [one.repeat_interleave(len(bias.lengths), 0) for one in scales]
-    asked: dict[str, Any] = {"softmax_scale": scale}
-    asked |= dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
-    return _call(FLASH3, query8, key8, value8, bias, asked, -1).to(query.dtype)
+        scales = scales.repeat_interleave(len(bias.lengths), 1)
+    return _call(FLASH3, near, far, values, bias, _asked(scales, scale), -1).to(query.dtype)
+
+
+def flash3_codes(given: CodedHeads, scale: float | None) -> torch.Tensor:
+    """FlashAttention 3 on numbers that are float8 already, [batch, tokens, heads, head size]."""
+    found = _output(function(FLASH3)(given.query, given.key, given.value, **_asked(given.scales, scale)))
+    return found.to(given.dtype)
+
+
+def _asked(scales: torch.Tensor, scale: float | None) -> dict[str, Any]:
+    names = ("q_descale", "k_descale", "v_descale")
+    return {"softmax_scale": scale, **dict(zip(names, scales.unbind(), strict=True))}

@@ -11,7 +11,8 @@ import math
 import torch
 
 from hasten.attention.bias import Bias, materialize
-from hasten.attention.kernels.tools import additive
+from hasten.attention.kernels.tools import additive, token_major
+from hasten.kernels.coded_heads import CodedHeads
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _ROWS = 1024
@@ -42,15 +43,28 @@ def float8_reference(
     scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention computed plainly on numbers rounded to float8; memory grows with the keys, time is no concern."""
-    groups, times = key.shape[1], query.shape[1] // key.shape[1]
-    near = rounded(query, groups) * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
-    far, values = (rounded(part, groups).repeat_interleave(times, 1) for part in (key, value))
     mask = None if bias is None else _mask(bias, query, key)
+    near, far, values = (rounded(part, key.shape[1]) for part in (query, key, value))
+    return _attention(near, far, values, mask, scale).to(query.dtype)
+
+
+def reference_codes(given: CodedHeads, scale: float | None) -> torch.Tensor:
+    """The same on numbers that are float8 already, [batch, tokens, heads, size]."""
+    near, far, values = token_major(*given.values())
+    return _attention(near, far, values, None, scale).to(given.dtype).transpose(1, 2)
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """On rounded numbers in float32, [batch, heads, tokens, size]."""
+    near = query * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
+    far, values = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
     pieces = [
         _piece(near[:, :, start : start + _ROWS], far, values, _rows(mask, start))
         for start in range(0, query.shape[2], _ROWS)
     ]
-    return torch.cat(pieces, 2).to(query.dtype)
+    return torch.cat(pieces, 2)
 
 
 def _mask(bias: Bias, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

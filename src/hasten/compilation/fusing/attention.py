@@ -13,6 +13,7 @@ from hasten.compilation.fusing.modules import by_name, coding_of, empty, paramet
 from hasten.core.block import AttentionPlan
 from hasten.core.intercept import base_class
 from hasten.kernels.coded import Coded, Coding
+from hasten.kernels.coded_heads import CARRIED, HeadsAttention
 from hasten.kernels.rotary import HeadNorm, Heads, Rotation, prepare
 
 _FIRST, _SECOND = ("to_q", "to_k", "to_v", "norm_q", "norm_k"), (
@@ -47,8 +48,7 @@ class FusedAttention:
         sizes = [one.query.shape[1] for one in streams]
         # Joined in the order in which attention sees the tokens; the streams count from the picture.
         order = [1, 0] if self.plan.second == "first" else list(range(len(streams)))
-        query, key, value = prepare([streams[i] for i in order], self._norm())
-        found = self._attend(query, key, value, given).flatten(2, 3)
+        found = self._attended([streams[i] for i in order], given).flatten(2, 3)
         if len(streams) == 1:
             return self._leave(found)
         parts = dict(zip(order, found.split([sizes[i] for i in order], 1), strict=True))
@@ -100,6 +100,18 @@ class FusedAttention:
         cos, sin = found[0]
         text_turns, picture = (cos[:, :text], sin[:, :text]), (cos[:, text:], sin[:, text:])
         return [picture, text_turns]
+
+    def _attended(self, streams: Sequence[Heads], given: Mapping[str, Any]) -> torch.Tensor:
+        """Attention after norm and rotation, [batch, all tokens, heads, size]."""
+        module: Any = self.module
+        masked = self.plan.mask and given.get(self.plan.mask) is not None
+        chosen = getattr(module.processor, "_attention_backend", None) is not None
+        carried: HeadsAttention | None = getattr(module, CARRIED, None)
+        if carried is not None and not masked and not chosen:
+            found = carried(streams, self._norm())
+            if found is not None:
+                return found
+        return self._attend(*prepare(streams, self._norm()), given)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, given: Mapping[str, Any]

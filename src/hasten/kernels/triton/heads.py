@@ -1,21 +1,22 @@
 """The kernel behind `kernels.rotary`: a program norms and rotates all heads of a token, where attention wants them."""
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# ruff: noqa: ANN001, ANN201, ANN202, N803 - types of a kernel's arguments are Triton's; constants are in capitals
+# ruff: noqa: ANN001, ANN201, N803 - types of a kernel's arguments are Triton's; constants are in capitals
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from hasten.kernels.rotary import HeadNorm, Heads
+from hasten.kernels.rotary import HeadNorm, Heads, Rotation
 from hasten.kernels.triton.tools import by_row, traced, warps
 
 
 @triton.jit
-def _normed(values, weight, head, channel, inside, size, count, eps, ACROSS: tl.constexpr):
+def normed(values, weight, head, channel, inside, size, count, eps, ACROSS: tl.constexpr):
     """RMS norm of [heads, channels] by head, or of all heads together."""
     squares = tl.sum(values * values, 1, keep_dims=True)
     if ACROSS:
@@ -28,7 +29,7 @@ def _normed(values, weight, head, channel, inside, size, count, eps, ACROSS: tl.
 
 
 @triton.jit
-def _turned(values, cos, sin, pair, half, HEADS: tl.constexpr, SIZE: tl.constexpr, step):
+def turned(values, cos, sin, pair, half, HEADS: tl.constexpr, SIZE: tl.constexpr, step):
     """Rotate pairs of neighbouring channels."""
     cosine = tl.load(cos + pair * step, mask=pair < half, other=1.0).to(tl.float32)[None, :]
     sine = tl.load(sin + pair * step, mask=pair < half, other=0.0).to(tl.float32)[None, :]
@@ -40,8 +41,8 @@ def _turned(values, cos, sin, pair, half, HEADS: tl.constexpr, SIZE: tl.constexp
 @triton.jit
 def heads_kernel(
     x, weight, cos, sin, out, tokens, count, size, out_tokens, offset, x_sample, x_token, x_head, rotation_sample,
-    rotation_token, rotation_step, eps,
-    NORM: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    rotation_token, rotation_step,
+    NORM: tl.constexpr, EPS: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """All heads of a token of queries, keys or (without norm and rotation) values."""
     row = tl.program_id(0).to(tl.int64)
@@ -51,10 +52,10 @@ def heads_kernel(
     place = x + sample * x_sample + token * x_token + head[:, None] * x_head + channel[None, :]
     values = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        values = _normed(values, weight, head, channel, inside, size, count, eps, ACROSS)
+        values = normed(values, weight, head, channel, inside, size, count, EPS, ACROSS)
     if cos is not None:
         begin = sample * rotation_sample + token * rotation_token
-        values = _turned(
+        values = turned(
             values, cos + begin, sin + begin, tl.arange(0, SIZE // 2), size // 2, HEADS, SIZE, rotation_step
         )
     row = sample * out_tokens + offset + token
@@ -77,6 +78,16 @@ def prepare_heads(streams: Sequence[Heads], norm: HeadNorm | None) -> tuple[torc
     return query, key, value if len(streams) > 1 else value.new_empty(0)
 
 
+def turns(rotation: Rotation | None) -> tuple[Any, ...]:
+    """Cosines and sines as kernels take them, and their strides by sample, token and pair."""
+    if rotation is None:
+        return None, None, 0, 0, 0
+    cos, sin = rotation
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), cos.stride(2)
+
+
 def _empty(part: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.empty((part.shape[0], tokens, *part.shape[2:]), dtype=part.dtype, device=part.device)
 
@@ -87,13 +98,10 @@ def _launch(
 ) -> None:  # fmt: skip
     samples, tokens, count, size = x.shape
     x = by_row(x)
-    cos, sin = stream.rotation if stream is not None and stream.rotation is not None else (None, None)
-    if cos is not None and sin is not None and cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    turns = (0, 0, 0) if cos is None else (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), cos.stride(2))
+    cos, sin, *steps = turns(None if stream is None else stream.rotation)
     heads, width = triton.next_power_of_2(count), triton.next_power_of_2(size)
     traced(heads_kernel)[(samples * tokens,)](
         x, weight, cos, sin, out, tokens, count, size, out.shape[1], offset, x.stride(0), x.stride(1), x.stride(2),
-        *turns, norm.eps if norm else 0.0, NORM=norm is not None, ACROSS=norm is not None and norm.across,
+        *steps, NORM=norm is not None, EPS=norm.eps if norm else 0.0, ACROSS=norm is not None and norm.across,
         HEADS=heads, SIZE=width, num_warps=warps(heads * width),
     )  # fmt: skip
