@@ -163,10 +163,13 @@ RECIPES = (
     "AttentionBackend(name='auto') | FusedQKV()",
     "EightBitAttention()",
     "EightBitAttention(kernel='flash3_float8') | FusedQKV()",
+    "AttentionBackend(name='auto') | FusedBlocks()",
+    "EightBitAttention(kernel='flash3_float8') | FusedBlocks()",
     "EightBitAttention(kernel='sage')",
 )
 COMPILED = ("", "AttentionBackend(name='auto')", "AttentionBackend(name='auto') | FusedQKV()",
-            "EightBitAttention(kernel='flash3_float8') | FusedQKV()")  # fmt: skip
+            "EightBitAttention(kernel='flash3_float8') | FusedQKV()",
+            "EightBitAttention(kernel='flash3_float8') | FusedBlocks()")  # fmt: skip
 MODELS = ("FLUX.1-dev", "stable-diffusion-xl-base-1.0", "Z-Image-Turbo")
 
 

@@ -25,8 +25,9 @@ import torch
 from hasten.core.diagnosis import in_words
 from hasten.core.files import atomic_write_text, json_text
 from hasten.core.packages import installed
-from hasten.kernels import gated, residual, rotary
+from hasten.kernels import coded_heads, gated, residual, rotary
 from hasten.kernels.coded import Coded, Coding
+from hasten.kernels.coded_heads import CodedHeads, code_heads
 from hasten.kernels.residual import Added, Norm, Normalizing
 from hasten.kernels.rotary import HeadNorm, Heads
 from hasten.measure.environment import environment
@@ -115,6 +116,24 @@ def head_cases(bench: Bench) -> Iterator[Case]:
             made.append(Heads(query, key, value, weight, weight, (angles.cos(), angles.sin())))
         moved = tuple(part for one in made for part in (one.query, one.key, *([one.value] if len(made) > 1 else [])))
         yield _case(f"{model} heads", partial(rotary.prepare, made, HeadNorm(1e-6)), moved)
+        yield from coded_cases(model, made)
+
+
+def coded_cases(model: str, made: list[Heads]) -> Iterator[Case]:
+    """Heads for float8 attention, with norm and rotation, and as an attention call without FusedBlocks has them."""
+    parts = tuple(part for one in made for part in (one.query, one.key, one.value, one.value))
+    yield _coded(f"{model} heads float8", made, HeadNorm(1e-6), parts)
+    query, key, value = rotary.reference([Heads(one.query, one.key, one.value) for one in made], None)
+    yield _coded(f"{model} heads float8, no norm", [Heads(query, key, value)], None, (query, key, value) * 2)
+
+
+def _coded(name: str, streams: list[Heads], norm: HeadNorm | None, given: tuple[torch.Tensor, ...]) -> Case:
+    """What is searched for its largest number is read twice."""
+
+    def by_reference() -> CodedHeads:
+        return CodedHeads(*coded_heads.eager(streams, norm), torch.bfloat16)
+
+    return Case(name, partial(code_heads, streams, norm), by_reference, given)
 
 
 def _case(name: str, run: Callable[[], Any], given: tuple[torch.Tensor, ...]) -> Case:
@@ -130,6 +149,8 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     """What a pass puts out."""
     if isinstance(value, Coded):
         yield from (value.codes, value.scales)
+    elif isinstance(value, CodedHeads):
+        yield from (value.query, value.key, value.value, value.scales)
     elif isinstance(value, tuple):
         for part in value:
             yield from tensors(part)
@@ -139,6 +160,7 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def values(outcome: Any) -> torch.Tensor:
     """All numbers of it, float32, codes as what they stand for."""
+    outcome = outcome.values() if isinstance(outcome, CodedHeads) else outcome
     parts = outcome if isinstance(outcome, tuple) else (outcome,)
     return torch.cat([(part.values() if isinstance(part, Coded) else part.float()).flatten() for part in parts])
 

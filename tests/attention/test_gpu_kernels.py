@@ -371,6 +371,22 @@ def test_float8_flash_takes_codes_from_the_pass_before(dtype: torch.dtype) -> No
 
 
 @needs_gpu
+def test_what_is_not_a_number_reaches_the_codes() -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU does not convert to 8-bit floats")
+    (one, _), norm = streams("cuda", torch.bfloat16), HeadNorm(1e-6)
+    one.query[0, 3, 1, 2] = torch.nan
+    one.value[1, 5, 2, 7] = torch.nan
+    with torch.no_grad():
+        query, key, value = code_heads([one], norm).values()
+    assert query[0, 3, 1].isnan().all()
+    assert query.isnan().sum() == 128
+    assert value[1, 5, 2, 7].isnan()
+    assert value[0].isfinite().all()
+    assert key.isfinite().all()
+
+
+@needs_gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_blocks_on_a_gpu_hand_codes_to_attention(compiled: bool) -> None:
     if problem := KERNELS["flash3_float8"].problem(CUDA, torch.bfloat16):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.attention import EightBitAttention
+from hasten.attention import EightBitAttention, redirect
 from hasten.attention import heads as attention_heads
 from hasten.attention.kernels import KERNELS
 from hasten.attention.kernels.flash_attention import FLASH3
@@ -132,7 +132,7 @@ def test_few_keys_stay_as_they_are(compiled: bool) -> None:
     model, given = model_of("z_image")  # its refiners of the text see fewer tokens than the others
     with accelerate(model, REFERENCE | FusedBlocks()) as session:
         output(model, given)
-        every = {call.keys for _, call in session.state(REFERENCE, attention_counted()).eager}
+        every = {call.keys for _, call in session.state(REFERENCE, redirect.Counted).eager}
     technique = replace(REFERENCE, least_keys=max(every))
     plain = accelerate(model, technique | FusedBlocks() | CompileBlocks(backend="aot_eager") if compiled else
                        technique | FusedBlocks())  # fmt: skip
@@ -142,12 +142,6 @@ def test_few_keys_stay_as_they_are(compiled: bool) -> None:
     taken, left = (int(part.split()[0]) for part in said.split("; ")[1:])
     assert taken > 0
     assert left > 0
-
-
-def attention_counted() -> type:
-    from hasten.attention.redirect import Counted
-
-    return Counted
 
 
 def test_masks_and_other_back_ends_are_left_alone() -> None:
@@ -184,3 +178,26 @@ def test_copies_do_not_carry_it() -> None:
     assert not hasattr(attention, CARRIED)
     with accelerate(copied, "FusedBlocks()"):
         assert torch.allclose(output(copied, given), plain, atol=1e-5)
+
+
+def test_the_redirecting_mode_is_not_asked_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    handle = redirect._Redirect.__torch_function__
+
+    def counted(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked.append(func)
+        return handle(self, func, types, args, kwargs)
+
+    def coded(*given: Any) -> coded_heads.CodedHeads:
+        before = len(asked)
+        found = coded_heads.code_heads(*given)
+        assert len(asked) == before
+        return found
+
+    monkeypatch.setattr(redirect._Redirect, "__torch_function__", counted)
+    monkeypatch.setattr(attention_heads, "code_heads", coded)
+    model, given = model_of("flux")
+    with accelerate(model, REFERENCE | FusedBlocks()) as session:
+        output(model, given)
+        assert "6 of them took codes" in words(session, REFERENCE)
+    assert asked

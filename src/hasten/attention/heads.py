@@ -29,7 +29,9 @@ class FromHeads:
     def __call__(self, streams: Sequence[Heads], norm: HeadNorm | None) -> torch.Tensor | None:
         """The result on codes, or None where they are not wanted: then attention is called as ever."""
         if not torch.compiler.is_compiling():
-            return _on_codes(streams, norm, self._asked, self._least, self._counted)
+            # The mode that redirects attention would be asked at every look at a shape, 160 us a call.
+            with torch._C.DisableTorchFunction():
+                return _on_codes(streams, norm, self._asked, self._least, self._counted)
         # Which kernel serves is known when the compiled code runs.
         second = streams[1] if len(streams) > 1 else None
         facts = (norm is not None, norm.eps if norm else 0.0, norm.across if norm else False)

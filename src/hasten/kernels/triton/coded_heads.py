@@ -66,8 +66,8 @@ def _find(
     for step in tl.static_range(TOKENS):
         token = first + step
         values = tl.load(place + token * x_token, mask=inside & (token < tokens), other=0.0).to(tl.float32)
-        found = tl.maximum(found, tl.abs(values), propagate_nan=tl.PropagateNan.ALL)
-    # Numbers that are not negative are ordered as their bits are, and NaN stands above all.
+        found = tl.maximum(found, tl.abs(values))
+    # Numbers that are not negative are ordered as their bits are.
     bits = (tl.max(found, 1) * factor).to(tl.int32, bitcast=True)
     into = (scales + sample * groups + head // (count // groups)).to(tl.pointer_type(tl.int32), bitcast=True)
     tl.atomic_max(into, bits, mask=head < count, sem="relaxed")
