@@ -16,6 +16,7 @@ from hasten.core.errors import NotEngaged, Refused
 from hasten.core.recipe import Recipe
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
+from hasten.memory import ModulationTable
 from tests.compilation.tape import TapeRecorder
 from tests.contract.rigs import ARCHITECTURES, make, plain_output
 
@@ -210,6 +211,20 @@ def test_every_architecture_gives_the_same_picture(architecture: str) -> None:
         assert not counts.plain
         assert counts.recorded == 1
     assert torch.equal(rig.run(), plain_output(architecture))
+
+
+@pytest.mark.parametrize("architecture", ["flux", "dit", "z_image"])
+def test_each_step_of_a_recording_finds_its_row_of_the_modulation_table(architecture: str) -> None:
+    rig, graphs, table = make(architecture), Taped(), ModulationTable()
+    with rig.accelerated(table):
+        expected = [rig.run(), rig.run(steps=3, prompt=1)]
+    with rig.accelerated(table, graphs) as session:
+        assert torch.equal(rig.run(), expected[0])
+        assert torch.equal(rig.run(steps=3, prompt=1), expected[1])
+        counts = session.state(graphs, Recordings)
+        assert counts.replayed
+        assert (counts.recorded, counts.plain) == (1, {})
+        assert "took the outputs" in table.engaged(session).summary
 
 
 @pytest.mark.parametrize("cache", [FirstBlockCache(), FORA(), StepMask()])

@@ -11,7 +11,7 @@ from hasten.core.errors import NotEngaged
 from hasten.core.patch import Patch
 from hasten.core.session import Session
 from hasten.core.target import Target
-from hasten.core.technique import Cost, Decision, Evidence, Stage, Technique, about
+from hasten.core.technique import Cost, Evidence, Stage, Technique, about
 from hasten.core.workload import Workload
 from hasten.memory.engine.copies import copies_to
 from hasten.memory.engine.modulation import Counts, Modulation
@@ -48,10 +48,6 @@ class ModulationTable(Technique):
     def claims(self) -> tuple[str, ...]:
         """The linears of adaptive norms."""
         return ("modulation",)
-
-    def decides(self, target: Target) -> Decision:
-        """The row of the table changes from step to step, and is looked up before the linears run."""
-        return "beforehand"
 
     def problems(self, target: Target) -> Iterable[str]:
         """Needs a schedule that can be observed, and a specification that says what depends on it."""

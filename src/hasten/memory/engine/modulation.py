@@ -45,6 +45,7 @@ class Modulation:
         self._checks = LateChecks()
         self._schedule: tuple[ScheduleKey | None, int] = (None, -1)
         self._tables: list[Table] = []
+        self._places: dict[int, Inputs] = {}
         self._computing = False
 
     @property
@@ -62,9 +63,7 @@ class Modulation:
         """Make one call of the denoiser with the row of its step at hand."""
         given = Given(dict(zip(self._parameters, args, strict=False)) | kwargs)
         self._checks.look()
-        row = self._row(given, self._clock.now)
-        for slot in self.slots:
-            slot.value = row.get(slot.path)
+        self._present(self._row(given, self._clock.now))
         try:
             return call(*args, **kwargs)
         finally:
@@ -75,6 +74,20 @@ class Modulation:
     def verify(self) -> None:
         """Raise if any step of the runs so far was given another row than its own; waits for the GPU."""
         self._checks.look(wait=True)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _present(self, row: Inputs) -> None:
+        """Hand out a row in tensors that stay where they are: a recorded call finds each step's row there."""
+        size = next(iter(row.values())).shape[0] if row else 0
+        places = self._places.setdefault(size, {})
+        if _forms(places) != _forms(row):
+            places.clear()
+            places.update({path: torch.empty_like(value) for path, value in row.items()})
+        if row:
+            torch._foreach_copy_(list(places.values()), [row[path] for path in places])
+        for slot in self.slots:
+            slot.value = places.get(slot.path)
 
     def _answering(self, slot: Slot) -> Callable[..., Any]:
         def answer(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -95,8 +108,8 @@ class Modulation:
         """Outputs of all linears for this call."""
         actual = self._inputs(given)
         stamp = given[self.denoiser.spec.timestep]
-        if not actual or not isinstance(stamp, torch.Tensor) or moment.steps is None:
-            return {}
+        if not isinstance(stamp, torch.Tensor) or moment.steps is None:
+            return self._computed(actual)
         known = self._timetable.known(stamp)
         table = self._table(given, moment, actual, stamp, known)
         if known is None:
@@ -210,6 +223,10 @@ class Modulation:
             }
         finally:
             self._computing = False
+
+
+def _forms(row: Inputs) -> dict[str, object]:
+    return {path: (value.shape, value.dtype, value.device) for path, value in row.items()}
 
 
 def _different(inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
