@@ -203,7 +203,7 @@ def multiply_codes(product: Product, codes: torch.Tensor, scales: torch.Tensor) 
 
     if not _takes_rows(product):
         if _takes_groups(product) and _up_to(GROUP_TOKENS, product):
-            return launch.by_groups(product, codes, scales, launch.Tile(*_GROUPS))
+            return launch.by_groups(product, codes, scales, launch.Tile(*GROUPS[0]))
         product = launch.recoded(product)
     if _scales(product):
         return _scaled_codes(product, codes, scales)
@@ -218,16 +218,19 @@ def _rounded(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
 
 Sizes = tuple[int, int, int, int]
 """Tokens and outputs of a tile, warps and stages."""
-_SMALL, _SQUARE, _WIDE = (64, 128, 4, 4), (128, 128, 8, 3), (128, 256, 8, 3)
-_GROUPS = (64, 64, 4, 3)
+ROWS: tuple[Sizes, ...] = ((64, 128, 4, 4), (128, 128, 8, 3), (128, 256, 8, 3))
+GROUPS: tuple[Sizes, ...] = ((64, 64, 4, 3), (128, 128, 8, 3))
+WIDENING: tuple[Sizes, ...] = ((16, 64, 4, 4), (32, 64, 4, 3), (64, 64, 4, 3))
 
 
 def _row_tile(product: Product) -> Sizes:
     """The tile for 8-bit rows. On an H100 squares are fastest, except for floats and with a side branch."""
     tokens = product.x.shape[0]
+    small, square, wide = ROWS
     if tokens <= 128:
-        return _SMALL
-    return _WIDE if tokens > 512 and (product.down is not None or product.activations == "float8") else _SQUARE
+        return small
+    wider = tokens > 512 and (product.down is not None or product.activations == "float8")
+    return wide if wider else square
 
 
 def _tiled(
@@ -244,8 +247,7 @@ def _tiled(
 
 def _by_rows(name: str, takes: Callable[[Product], bool], run: Callable[[Tile, Product], torch.Tensor]) -> list[Kernel]:
     """A kernel for each tile."""
-    sizes = (_SMALL, _SQUARE, _WIDE)
-    return [_tiled(name, size, takes, run, functools.partial(_suits_rows, size)) for size in sizes]
+    return [_tiled(name, size, takes, run, functools.partial(_suits_rows, size)) for size in ROWS]
 
 
 def _suits_rows(size: Sizes, product: Product) -> bool:
@@ -268,13 +270,13 @@ def kernels() -> list[Kernel]:
     groups = functools.partial(_tiled, "8-bit tokens and groups")
     return [
         Kernel("few tokens, row by row (Triton)", _takes_gemv, _gemv),
-        widening((16, 64, 4, 4), _takes_widening, _widening, lambda product: few(product) and _up_to(16, product)),
-        widening((32, 64, 4, 3), _takes_widening, _widening, few),
-        widening((64, 64, 4, 3), _takes_widening, _widening, _only_measured),
+        widening(WIDENING[0], _takes_widening, _widening, lambda product: few(product) and _up_to(16, product)),
+        widening(WIDENING[1], _takes_widening, _widening, few),
+        widening(WIDENING[2], _takes_widening, _widening, _only_measured),
         Kernel("float8 rows (cuBLAS)", _takes_scaled, _scaled),
         *_by_rows("8-bit rows", _takes_rows, _rows),
-        groups(_GROUPS, _takes_groups, _groups, functools.partial(_up_to, GROUP_TOKENS)),
-        groups((128, 128, 8, 3), _takes_large_groups, _groups, _only_measured),
+        groups(GROUPS[0], _takes_groups, _groups, functools.partial(_up_to, GROUP_TOKENS)),
+        groups(GROUPS[1], _takes_large_groups, _groups, _only_measured),
         Kernel("weight recoded to float8 rows first (cuBLAS)", _takes_recoding_scaled, _recoded_scaled),
         *_by_rows("weight recoded to 8-bit rows first", _takes_recoding, _recoded_rows),
         Kernel("weight widened first (Triton)", _takes_first, _widened),

@@ -100,11 +100,11 @@ def few_tokens(product: Product) -> torch.Tensor:
     tokens, outputs, inputs = product.sizes
     bits, x = product.weight.number.bits, product.prepared().contiguous()
     width = min(inputs & -inputs, 4096 // bits)
-    down, steps = 16384 // (bits * width), inputs // width
+    down, steps, count = 16384 // (bits * width), inputs // width, triton.next_power_of_2(tokens)
     gemv.few_tokens_product[triton.cdiv(outputs, down),](
         x.view(torch.int32) if bits == 4 else x, *ends, out, *_weight(product.weight), *product.sizes, *side,
-        *_groups(product.weight), **_codes(product), PIECE=piece(product), TOKENS=triton.next_power_of_2(tokens),
-        BN=down, BK=width, UNROLL=next(count for count in (6, 5, 4, 3, 2, 1) if steps % count == 0),
+        *_groups(product.weight), **_codes(product), PIECE=piece(product), TOKENS=count,
+        BN=down, BK=width, UNROLL=next(parts for parts in range(6 // count, 0, -1) if steps % parts == 0),
         RANKS=min(64, triton.next_power_of_2(side[0] or 1)), num_warps=4,
     )  # fmt: skip
     return out
