@@ -1,6 +1,7 @@
-"""Compiles the kernels between products for cards that are not here, and prints registers and spills.
+"""Compiles the kernels of products and those between them for cards that are not here; prints registers and spills.
 
     python benchmarks/gpu/offline.py --out offline.json
+    python benchmarks/gpu/offline.py --of products --out products.json
 
 Needs Triton (with its own ptxas), but no GPU: the launches that the shapes of real models lead to are recorded with
 tensors without data, and each is compiled for every architecture.
@@ -12,12 +13,13 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from product_calls import product_calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
@@ -32,7 +34,8 @@ from hasten.kernels.triton.heads import prepare_heads
 from hasten.kernels.triton.tokens import residual_norm
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
 WIDTHS = {"FLUX": (3072, 12288), "Z-Image": (3840, 10240), "Wan 14B": (5120, 13824), "DiT-XL": (1152, 4608)}
 HEADS = {"FLUX": (24, 128), "Z-Image": (30, 128), "SD3.5 large": (38, 64)}
 
@@ -41,7 +44,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches() -> Iterator[tuple[str, JITFunction, tuple[Any, ...], dict[str, Any]]]:
+def launches(calls: Callable[[], Iterator[str]]) -> Iterator[tuple[str, JITFunction, tuple[Any, ...], dict[str, Any]]]:
     """What real shapes start: a name, the kernel and its arguments."""
     record: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -152,9 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--of", choices=("between", "products"), default="between")
     asked = parser.parse_args()
     rows, done = list[dict[str, Any]](), dict[Any, dict[str, int]]()
-    for name, kernel, args, kwargs in list(launches()):
+    for name, kernel, args, kwargs in list(launches(product_calls if asked.of == "products" else calls)):
         program, options = source(kernel, args, kwargs)
         for architecture in asked.architectures:
             if architecture < 89 and "*fp8e4nv" in program.signature.values():
@@ -164,7 +168,8 @@ def main() -> None:
                 made = triton.compile(program, target=GPUTarget("cuda", architecture, 32), options=options)
                 done[key] = usage(made.asm["ptx"], architecture) | {"shared_bytes": made.metadata.shared}
                 words = f"sm_{architecture} {done[key]['registers']} registers {done[key]['spilled_bytes']} spilled"
-                print(f"{name:34} {kernel.__name__:18} {options['num_warps']:2} warps {words}", flush=True)
+                words += f" {done[key]['shared_bytes']} shared"
+                print(f"{name:40} {kernel.__name__:18} {options.get('num_warps', 4):2} warps {words}", flush=True)
                 rows.append({"name": name, "kernel": kernel.__name__, "sm": architecture, **options, **done[key]})
     if asked.out:
         atomic_write_text(asked.out, json_text({"triton": triton.__version__, "rows": rows}))

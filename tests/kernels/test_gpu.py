@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hasten.kernels import gpu
-from hasten.kernels.activations import Activations, int8_tokens
+from hasten.kernels.activations import Activations, float8_tokens, int8_tokens
 from hasten.kernels.call import Product
+from hasten.kernels.hadamard import rotate
 from hasten.kernels.product import choose, kernels, multiply, reference
 from hasten.kernels.rounding import quantize_float8, quantize_integer, quantize_table
 from hasten.kernels.weight import QuantizedWeight
@@ -101,6 +102,34 @@ def test_tokens_are_rounded_as_on_the_cpu() -> None:
     assert (codes != expected).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("rotation", [2, 16, 256])
+def test_tokens_are_rotated_before_they_are_rounded(rotation: int) -> None:
+    if not gpu.usable(CUDA):
+        pytest.skip("needs Triton")
+    from hasten.kernels.triton.launch import round_tokens
+
+    weight = on_gpu(quantize_integer(torch.randn(16, 3072), 8))
+    product = product_of(weight, 50, activations="int8", rotation=rotation)
+    codes, scales = round_tokens(product)
+    expected, by = int8_tokens(rotate(product.x.double(), rotation).float())
+    assert torch.allclose(scales[:, None], by)
+    assert (codes.int() - expected.int()).abs().max() <= 1
+    assert (codes != expected).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["int4 g32", "k4", "nf4", "float8 tensor", "int8 row"])
+def test_weights_are_recoded_to_rows_of_floats(name: str) -> None:
+    if not gpu.usable(CUDA) or not gpu.has_float8(CUDA):
+        pytest.skip("needs Triton, and a card that multiplies 8-bit floats")
+    from hasten.kernels.triton.launch import recoded
+
+    product = product_of(on_gpu(made(name)), 50, activations="float8")
+    found, (expected, scale) = recoded(product).weight, float8_tokens(product.weight.dequantize())
+    assert torch.allclose(found.scale.values(), scale)
+    assert (found.codes.float() != expected.float()).float().mean() < 1e-2  # where it lies between two of them
+    assert difference(found.dequantize(), product.weight.dequantize()) < 4e-2
+
+
 def test_in_a_graph_of_cuda_and_without_synchronisation() -> None:
     product = product_of(on_gpu(quantize_integer(torch.randn(256, 512), 8)), 100, activations="int8")
     multiply(product)
@@ -121,6 +150,11 @@ def test_what_is_chosen() -> None:
     if not gpu.usable(CUDA):
         pytest.skip("needs Triton")
     weight = on_gpu(quantize_integer(torch.randn(256, 512), 8))
-    assert choose(product_of(weight, 1, activations="int8")).name.startswith("codes widened on the way")
-    assert choose(product_of(weight, 4096, activations="int8")).name.startswith("8-bit rows, tiles of 128x256")
+    assert choose(product_of(weight, 1, activations="int8")).name.startswith("few tokens")
+    assert choose(product_of(weight, 8, activations="int8")).name.startswith("codes widened on the way")
+    assert choose(product_of(weight, 4096, activations="int8")).name.startswith("8-bit rows, tiles of 128x128")
     assert choose(product_of(weight, 4096)).name == "weight widened first (Triton)"
+    four = on_gpu(quantize_integer(torch.randn(256, 512), 4, 64))
+    assert "recoded to 8-bit rows" in choose(product_of(four, 4096, activations="int8")).name
+    if gpu.has_float8(CUDA):
+        assert "recoded to float8 rows" in choose(product_of(four, 4096, activations="float8")).name

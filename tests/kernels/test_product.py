@@ -215,8 +215,10 @@ def test_a_kernel_that_fails_is_not_chosen_and_a_spoilt_table_is_not_read() -> N
 
 
 def test_gpus_multiply_codes_on_the_way_for_few_tokens_only() -> None:
-    assert gpu.few(product_of("nf4", tokens=16))
-    assert not gpu.few(product_of("nf4", tokens=17))
+    assert gpu.few(product_of("nf4", tokens=64))
+    assert not gpu.few(product_of("nf4", tokens=65))
+    assert gpu.few(product_of("nf4", tokens=16, activations="int8"))
+    assert not gpu.few(product_of("nf4", tokens=17, activations="int8"))
     assert not gpu.usable(torch.device("cpu"))
 
 

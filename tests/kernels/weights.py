@@ -48,8 +48,8 @@ def made(name: str) -> QuantizedWeight:
         return quantize_integer(matrix(_ROWS, 72), 4, 24) if rest == "groups" else _other_grid()
     if kind == "float8":
         return quantize_float8(matrix(), block=rest)
-    if kind == "table4":
-        return quantize_table(matrix(), torch.linspace(-1, 1, 16), 4, 32)
+    if kind.startswith("table"):
+        return quantize_table(matrix(), torch.linspace(-1, 1, 1 << int(kind[5:])), int(kind[5:]), 32)
     bits, group = int(kind[-1]), None if rest == "row" else int(rest[1:])
     return quantize_integer(matrix(), bits, group, symmetric=kind.startswith("int"), scales=torch.float16)
 
@@ -62,7 +62,7 @@ def _other_grid() -> QuantizedWeight:
 
 WEIGHTS = (
     *(f"{kind}{bits} g32" for kind in ("int", "uint") for bits in range(2, 9)),
-    *("int4 g8", "uint4 g16", "int3 row", "int8 row", "k4", "k3", "nf4", "table4", "float8 row", "float8 tensor"),
-    *("odd groups", "odd grid"),
+    *("int4 g8", "uint4 g16", "int3 row", "int8 row", "k4", "k3", "nf4", "table3", "table4", "table8"),
+    *("float8 row", "float8 tensor", "odd groups", "odd grid"),
 )
 """Names of weights; `g` is followed by the size of a group."""

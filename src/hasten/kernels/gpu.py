@@ -1,15 +1,15 @@
 """Products on GPUs: kernels in Triton, cuBLAS for rows of 8-bit floats, and which suits how many tokens.
 
 A product of few tokens waits for the weight to be read: codes are widened on the way, and activations need not be
-rounded. One of many tokens is bound by arithmetic: 8 bits times 8 bits, or the weight widened once and multiplied in 16
-bits. The turning points here are rules of thumb; `kernels.tuning` replaces them by measurements.
+rounded. One of many tokens is bound by arithmetic: 8 bits times 8 bits, for which other weights are recoded to rows of
+8 bits first, or the weight widened once and multiplied in 16 bits. The turning points here are rules of thumb from an
+H100 (3072 inputs, 12288 outputs, and the reverse); `kernels.tuning` replaces them by measurements.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from hasten.kernels.triton.launch import Tile
 
 FEW_TOKENS = {8: 16, 9: 32, 10: 32, 12: 16}
-"""Up to how many tokens codes are widened on the way, by major compute capability; 16 for others."""
+"""Up to how many tokens codes are widened on the way instead of multiplying 8 bits by 8 bits, by major compute
+capability; 16 for others."""
+FEW_WIDE_TOKENS = 64
+"""The same where activations keep 16 bits, and the other way is to write a matrix of 16 bits and read it again: an H100
+takes 0.044 ms for 64 tokens and 8-bit codes instead of 0.084."""
+GEMV_TOKENS = 4
+"""Up to how many tokens there is nothing to gain from tensor cores."""
+GROUP_TOKENS = 128
+"""Up to how many tokens sums of groups are scaled one by one: 4-bit groups of 64 take an H100 0.048 ms for 64 tokens
+and 1.7 for 4608, rows of 8 bits 0.031 and 0.34; to recode the weight to such was not measured, and should take 0.04."""
 _SIXTEEN = (torch.float16, torch.bfloat16)
 
 
@@ -36,7 +45,8 @@ def usable(device: torch.device) -> bool:
 
 def few(product: Product) -> bool:
     """Are there so few tokens that the time goes into reading the weight?"""
-    return product.x.shape[0] <= _few(product.x.device)
+    most = FEW_WIDE_TOKENS if product.activations == "none" else _few(product.x.device)
+    return product.x.shape[0] <= most
 
 
 @functools.cache
@@ -63,23 +73,46 @@ def _reads(product: Product) -> bool:
 
 
 def _takes_widening(product: Product) -> bool:
-    eight = product.activations == "int8" or (product.activations == "float8" and has_float8(product.x.device))
-    return _narrow(product) and _reads(product) and (eight or product.activations == "none")
+    return _narrow(product) and _reads(product) and (_eight(product) or product.activations == "none")
+
+
+def _eight(product: Product) -> bool:
+    """Are activations rounded to 8 bits that the device multiplies?"""
+    return product.activations == "int8" or (product.activations == "float8" and has_float8(product.x.device))
+
+
+def _takes_gemv(product: Product) -> bool:
+    if not _takes_widening(product) or product.weight.number.bits not in (4, 8):
+        return False
+    from hasten.kernels.triton.launch import piece
+
+    return product.x.shape[0] <= GEMV_TOKENS and product.x.shape[1] % 32 == 0 and piece(product) >= 8
+
+
+def _takes_recoding(product: Product) -> bool:
+    return _takes_widening(product) and _eight(product) and product.x.shape[1] % 32 == 0 and not _takes_rows(product)
+
+
+def _takes_recoding_scaled(product: Product) -> bool:
+    return _takes_recoding(product) and _scales(product)
 
 
 def _takes_rows(product: Product) -> bool:
     pair = (product.activations, product.weight.number.name)
     fits = pair == ("int8", "int8") or (pair == ("float8", "float8_e4m3fn") and has_float8(product.x.device))
-    return fits and product.by_row and product.x.shape[1] % 32 == 0 and _rounds(product)
+    return fits and product.by_row and product.x.shape[1] % 32 == 0 and _narrow(product)
 
 
 def _takes_scaled(product: Product) -> bool:
-    """CuBLAS: rows of e4m3 on both sides, or a scale for the whole of each; no side branch."""
+    return _takes_rows(product) and _scales(product)
+
+
+def _scales(product: Product) -> bool:
+    """Does cuBLAS multiply rows of e4m3, or such with a scale for the whole, of these sizes? It has no side branch."""
     even = product.x.shape[1] % 16 == 0 and product.weight.shape[0] % 16 == 0 and product.x.dtype == torch.bfloat16
     # CuBLAS has no algorithm for some single tokens.
     there = product.x.is_cuda and product.x.shape[0] >= 16
-    there = there and product.activations == "float8" and product.down is None
-    return there and even and _takes_rows(product)
+    return there and even and product.activations == "float8" and product.down is None
 
 
 def _takes_groups(product: Product) -> bool:
@@ -87,7 +120,7 @@ def _takes_groups(product: Product) -> bool:
     whole = number.kind == "integer" and (number.bits < 8 or (number.name == "int8" and zero is None))
     whole = whole and (zero is None or not zero.is_floating_point()) and product.activations == "int8"
     pair = number.name == "float8_e4m3fn" and product.activations == "float8" and has_float8(product.x.device)
-    return (whole or pair) and product.is_matrix and product.group % 32 == 0 and _rounds(product)
+    return (whole or pair) and product.is_matrix and product.group % 32 == 0 and _narrow(product)
 
 
 def _takes_large_groups(product: Product) -> bool:
@@ -95,18 +128,9 @@ def _takes_large_groups(product: Product) -> bool:
     return _takes_groups(product) and product.weight.minimum is None
 
 
-def _rounds(product: Product) -> bool:
-    """Can the kernel that rounds tokens do all before the product?"""
-    return _narrow(product) and _rotates(product)
-
-
 def _narrow(product: Product) -> bool:
     """Is the input of 16 bits? In 32, rotation and side branch take more registers and shared memory than there are."""
     return product.x.dtype in _SIXTEEN
-
-
-def _rotates(product: Product) -> bool:
-    return product.rotation == 1 or product.rotation >= 16
 
 
 def _widening(how: Tile, product: Product) -> torch.Tensor:
@@ -118,23 +142,37 @@ def _widening(how: Tile, product: Product) -> torch.Tensor:
     return launch.widening(product, *_rounded(product), how)
 
 
-def _widened(product: Product) -> torch.Tensor:
+def _gemv(product: Product) -> torch.Tensor:
     from hasten.kernels.triton import launch
 
-    dtype = product.x.dtype
-    matrix = launch.widened_weight(product, dtype)
-    if product.activations == "none":
-        bias = None if product.bias is None else product.bias.to(dtype)
-        return product.with_side(F.linear(product.prepared(), matrix, bias))
-    codes, scales = _rounded(product)
-    found = F.linear(codes.to(torch.bfloat16), matrix.to(torch.bfloat16)) * scales[:, None]
-    return product.with_side((found if product.bias is None else found + product.bias).to(dtype))
+    return launch.few_tokens(product)
+
+
+def _widened(product: Product) -> torch.Tensor:
+    """In 16 bits nothing is gained by rounding activations."""
+    from hasten.kernels.triton import launch
+
+    matrix = launch.widened_weight(product, product.x.dtype)
+    bias = None if product.bias is None else product.bias.to(product.x.dtype)
+    return product.with_side(F.linear(product.prepared(), matrix, bias))
 
 
 def _rows(how: Tile, product: Product) -> torch.Tensor:
     from hasten.kernels.triton import launch
 
     return launch.by_rows(product, *_rounded(product), how)
+
+
+def _recoded_rows(how: Tile, product: Product) -> torch.Tensor:
+    from hasten.kernels.triton import launch
+
+    return _rows(how, launch.recoded(product))
+
+
+def _recoded_scaled(product: Product) -> torch.Tensor:
+    from hasten.kernels.triton import launch
+
+    return _scaled(launch.recoded(product))
 
 
 def _groups(how: Tile, product: Product) -> torch.Tensor:
@@ -161,58 +199,91 @@ def multiply_codes(product: Product, codes: torch.Tensor, scales: torch.Tensor) 
 
     `product.x` tells sizes and type and is not read. None where no kernel takes it.
     """
-    if not usable(codes.device) or not _takes_rows(product):
+    if not usable(codes.device) or not (_takes_rows(product) or _takes_recoding(product)):
         return None
-    if _takes_scaled(product):
-        return _scaled_codes(product, codes, scales)
     from hasten.kernels.triton import launch
 
-    size = next(size for most, *size in _LARGE if codes.shape[0] <= most)
-    return launch.by_rows(product, codes, scales, launch.Tile(*size))
+    if not _takes_rows(product):
+        if _takes_groups(product) and _up_to(GROUP_TOKENS, product):
+            return launch.by_groups(product, codes, scales, launch.Tile(*GROUPS[0]))
+        product = launch.recoded(product)
+    if _scales(product):
+        return _scaled_codes(product, codes, scales)
+    return launch.by_rows(product, codes, scales, launch.Tile(*_row_tile(product)))
 
 
 def _rounded(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
     from hasten.kernels.triton import launch
 
-    plain = product if _rotates(product) else replace(product, x=product.prepared(), smooth=None, rotation=1)
-    return launch.round_tokens(plain)
+    return launch.round_tokens(product)
 
 
-def _tiles(
-    name: str, takes: Callable[[Product], bool], run: Callable[[Tile, Product], torch.Tensor], sizes: list[list[int]]
-) -> list[Kernel]:
-    """A kernel for each tile; each suits as many tokens as it says first, and more than the one before."""
+Sizes = tuple[int, int, int, int]
+"""Tokens and outputs of a tile, warps and stages."""
+ROWS: tuple[Sizes, ...] = ((64, 128, 4, 4), (128, 128, 8, 3), (128, 256, 8, 3))
+GROUPS: tuple[Sizes, ...] = ((64, 64, 4, 3), (128, 128, 8, 3))
+WIDENING: tuple[Sizes, ...] = ((16, 64, 4, 4), (32, 64, 4, 3), (64, 64, 4, 3))
+
+
+def _row_tile(product: Product) -> Sizes:
+    """The tile for 8-bit rows. On an H100 squares are fastest, except for floats and with a side branch."""
+    tokens = product.x.shape[0]
+    small, square, wide = ROWS
+    if tokens <= 128:
+        return small
+    wider = tokens > 512 and (product.down is not None or product.activations == "float8")
+    return wide if wider else square
+
+
+def _tiled(
+    name: str,
+    size: Sizes,
+    takes: Callable[[Product], bool],
+    run: Callable[[Tile, Product], torch.Tensor],
+    suits: Callable[[Product], bool],
+) -> Kernel:
     from hasten.kernels.triton.launch import Tile
 
-    found: list[Kernel] = []
-    for most, *size in sizes:
-        how, label = Tile(*size), f"{name}, tiles of {size[0]}x{size[1]} (Triton)"
-        found.append(Kernel(label, takes, functools.partial(run, how), functools.partial(_up_to, most)))
-    return found
+    return Kernel(f"{name}, tiles of {size[0]}x{size[1]} (Triton)", takes, functools.partial(run, Tile(*size)), suits)
+
+
+def _by_rows(name: str, takes: Callable[[Product], bool], run: Callable[[Tile, Product], torch.Tensor]) -> list[Kernel]:
+    """A kernel for each tile."""
+    return [_tiled(name, size, takes, run, functools.partial(_suits_rows, size)) for size in ROWS]
+
+
+def _suits_rows(size: Sizes, product: Product) -> bool:
+    return _row_tile(product) == size
 
 
 def _up_to(most: int, product: Product) -> bool:
-    return few(product) if most == 0 else product.x.shape[0] <= most
+    return product.x.shape[0] <= most
 
 
-_ANY = 1 << 31
-_LITTLE = [[0, 16, 64, 4, 4], [0, 32, 64, 4, 3]]
-_LARGE = [[128, 64, 128, 4, 4], [512, 128, 128, 8, 3], [_ANY, 128, 256, 8, 3]]
+def _only_measured(product: Product) -> bool:
+    """Chosen where it has been measured to be fastest."""
+    return False
 
 
 @functools.cache
 def kernels() -> list[Kernel]:
     """In order of preference; those of few tokens first."""
+    widening = functools.partial(_tiled, "codes widened on the way")
+    groups = functools.partial(_tiled, "8-bit tokens and groups")
     return [
-        *_tiles("codes widened on the way", _takes_widening, _widening, _LITTLE),
+        Kernel("few tokens, row by row (Triton)", _takes_gemv, _gemv),
+        widening(WIDENING[0], _takes_widening, _widening, lambda product: few(product) and _up_to(16, product)),
+        widening(WIDENING[1], _takes_widening, _widening, few),
+        widening(WIDENING[2], _takes_widening, _widening, _only_measured),
         Kernel("float8 rows (cuBLAS)", _takes_scaled, _scaled),
-        *_tiles("8-bit rows", _takes_rows, _rows, _LARGE),
-        *_tiles("8-bit tokens and groups", _takes_large_groups, _groups, [[128, 64, 64, 4, 3], [_ANY, 128, 128, 8, 3]]),
-        *_tiles("8-bit tokens and groups with minimum", _takes_groups, _groups, [[_ANY, 64, 64, 4, 3]]),
+        *_by_rows("8-bit rows", _takes_rows, _rows),
+        groups(GROUPS[0], _takes_groups, _groups, functools.partial(_up_to, GROUP_TOKENS)),
+        groups(GROUPS[1], _takes_large_groups, _groups, _only_measured),
+        Kernel("weight recoded to float8 rows first (cuBLAS)", _takes_recoding_scaled, _recoded_scaled),
+        *_by_rows("weight recoded to 8-bit rows first", _takes_recoding, _recoded_rows),
         Kernel("weight widened first (Triton)", _takes_first, _widened),
     ]
 
 
 def _takes_first(product: Product) -> bool:
-    """Sums of whole numbers exceed float16 only before they are scaled, and that is done in bfloat16."""
     return _takes_widening(product) or (product.activations == "none" and _reads(product))

@@ -43,12 +43,42 @@ def stored(codes, n, k, K, BITS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def unscaled(stored, table, BITS: tl.constexpr, SHIFT: tl.constexpr):
+    """What bytes of codes stand for before scaling, float32: with 4 bits the low and the high ones, else twice all."""
+    if BITS == 4:
+        byte = stored.to(tl.int32)
+        if table is not None:
+            low, high = tl.load(table + (byte & 15)), tl.load(table + (byte >> 4))
+        else:
+            # The bits become the last of 2**23 + code, and the last but four of 2**19 + code: no conversion is needed.
+            low = ((byte & 15) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + SHIFT)
+            high = ((byte & 240) | 0x49000000).to(tl.float32, bitcast=True) - (524288.0 + SHIFT)
+    else:
+        low = stored.to(tl.float32) - SHIFT if table is None else tl.load(table + stored.to(tl.int32))
+        high = low
+    return low, high
+
+
+@triton.jit
+def looked_up(codes, table, n, k, K, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Entries of a table, float32 [rows, WIDTH], for the codes of the rows `n` from column `k` on."""
+    if BITS == 4:
+        # [columns, rows] until the loads are done: so Triton lays look-ups as it lays codes, and moves neither.
+        rows = codes + (n.to(tl.int64) * (K // 2))[None, :]
+        low, high = unscaled(tl.load(rows + k // 2 + tl.arange(0, WIDTH // 2)[:, None]), table, BITS, 0)
+        found = tl.interleave(tl.trans(low), tl.trans(high))
+    else:
+        found = tl.load(table + stored(codes, n, k, K, BITS, WIDTH).to(tl.int32))
+    return found
+
+
+@triton.jit
 def factors(values, coarse, table, offset, n, k, row, size, coarse_row, coarse_size):
-    """Scales of the rows `n` at the columns `k`, float32 [rows, columns]; `size` columns share one."""
-    found = tl.load(values + n[:, None] * row + k[None, :] // size)
+    """Scales of rows `n` at columns `k`, which are broadcast, in float32; `size` columns share one."""
+    found = tl.load(values + n * row + k // size)
     found = found.to(tl.float32) if table is None else tl.load(table + found.to(tl.int32))
     if coarse is not None:
-        larger = tl.load(coarse + n[:, None] * coarse_row + k[None, :] // coarse_size)
+        larger = tl.load(coarse + n * coarse_row + k // coarse_size)
         found = found * larger.to(tl.float32)
     if offset is not None:
         found = found + tl.load(offset)
@@ -81,21 +111,20 @@ def numbers(
     """
     COUNT: tl.constexpr = 1 if UNIT >= WIDTH else WIDTH // UNIT
     places = k + tl.arange(0, COUNT) * UNIT
-    found = stored(codes, n, k, K, BITS, WIDTH)
     if table is not None:
-        found = tl.load(table + found.to(tl.int32))
+        found = looked_up(codes, table, n, k, K, BITS, WIDTH)
     elif SHIFT > 0:
-        found = (found.to(tl.int16) - SHIFT).to(tl.float32)
+        found = (stored(codes, n, k, K, BITS, WIDTH).to(tl.int16) - SHIFT).to(tl.float32)
     else:
-        found = found.to(tl.float32)
+        found = stored(codes, n, k, K, BITS, WIDTH).to(tl.float32)
     if zero is not None:
         start = tl.load(zero + n[:, None] * zero_row + places[None, :] // zero_size)
         found = found - widen(start.to(tl.float32), COUNT, WIDTH)
-    by = factors(scale, scale_coarse, scale_table, scale_offset, n, places,
+    by = factors(scale, scale_coarse, scale_table, scale_offset, n[:, None], places[None, :],
                  scale_row, scale_size, scale_coarse_row, scale_coarse_size)  # fmt: skip
     found = found * widen(by, COUNT, WIDTH)
     if minimum is not None:
-        less = factors(minimum, minimum_coarse, minimum_table, minimum_offset, n, places,
+        less = factors(minimum, minimum_coarse, minimum_table, minimum_offset, n[:, None], places[None, :],
                        minimum_row, minimum_size, minimum_coarse_row, minimum_coarse_size)  # fmt: skip
         found = found - widen(less, COUNT, WIDTH)
     return found

@@ -5,17 +5,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from hasten.kernels.call import Product
-from hasten.kernels.hadamard import hadamard
+from hasten.kernels.call import Product, row_scales
+from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.rounding import FLOAT8
-from hasten.kernels.triton import products, rows
+from hasten.kernels.triton import gemv, products, rows
 from hasten.kernels.triton.tools import traced
 from hasten.kernels.weight import QuantizedWeight, Scales
 
@@ -51,19 +50,10 @@ def round_tokens(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn if eight else torch.int8)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     given = product.input_scale if eight else None
-    facts = {"FLOAT": eight, "LARGEST": FLOAT8["float8_e4m3fn"] if eight else 127.0}
-    if product.rotation == 1:
-        width = triton.next_power_of_2(inputs)
-        warps = min(16, max(1, width // 512))
-        traced(rows.round_rows)[(tokens,)](
-            x, product.smooth, given, codes, scales, inputs, **facts, WIDTH=width, num_warps=warps
-        )
-        return codes, scales
-    matrix = hadamard(product.rotation, device=x.device, dtype=x.dtype)
-    grid = (triton.cdiv(tokens, _SMALLEST),)
-    traced(rows.rotate_round_rows)[grid](
-        x, product.smooth, matrix, given, codes, scales, tokens, inputs, **facts,
-        GROUP=product.rotation, PART=min(64, product.rotation), TOKENS=_SMALLEST, num_warps=4,
+    width = triton.next_power_of_2(inputs)
+    traced(rows.round_rows)[(tokens,)](
+        x, product.smooth, given, codes, scales, inputs, **_eight(eight), ORDER=product.rotation.bit_length() - 1,
+        WIDTH=width, num_warps=min(16, max(1, width // 512)),
     )  # fmt: skip
     return codes, scales
 
@@ -81,12 +71,60 @@ def widened_weight(product: Product, dtype: torch.dtype) -> torch.Tensor:
     return found
 
 
+def recoded(product: Product) -> Product:
+    """The product with the weight rounded once more, to 8 bits with a scale for each row: as its activations are.
+
+    The scale makes the largest magnitude of a row 127, or 448 with 8-bit floats. So integers move a weight by at most
+    half of 1/127 of the largest in its row, floats by at most 1/16 of itself. Whole numbers of a row that have one
+    scale stay what they are.
+    """
+    weight, (_, outputs, inputs), device = product.weight, product.sizes, product.x.device
+    eight = product.activations == "float8"
+    number = NUMBERS["float8_e4m3fn" if eight else "int8"]
+    given = row_scales(weight) if product.by_row and weight.number.kind == "integer" and not eight else None
+    codes = torch.empty(outputs, inputs, dtype=number.dtype, device=device)
+    scales = torch.empty(outputs, dtype=torch.float32, device=device)
+    width = _step(product, 1024)
+    down = max(1, 4096 // width)
+    traced(products.recode_rows)[triton.cdiv(outputs, down),](
+        *_weight(weight), given, codes, scales, outputs, inputs, *_groups(weight), **_codes(product),
+        UNIT=product.group, **_eight(eight), BN=down, BK=width, num_warps=4,
+    )  # fmt: skip
+    made = QuantizedWeight(weight.shape, number, inputs, codes, Scales(scales[:, None]))
+    return replace(product, weight=made)
+
+
+def few_tokens(product: Product) -> torch.Tensor:
+    """The product of up to four tokens, which are not rounded, with a weight of 4 or 8 bits."""
+    out, (_, *ends), side = _ends(product, None)
+    tokens, outputs, inputs = product.sizes
+    bits, x = product.weight.number.bits, product.prepared().contiguous()
+    width = min(inputs & -inputs, 4096 // bits)
+    down, steps, count = 16384 // (bits * width), inputs // width, triton.next_power_of_2(tokens)
+    traced(gemv.few_tokens_product)[triton.cdiv(outputs, down),](
+        x.view(torch.int32) if bits == 4 else x, *ends, out, *_weight(product.weight), *product.sizes, *side,
+        *_groups(product.weight), **_codes(product), PIECE=piece(product), TOKENS=count,
+        BN=down, BK=width, UNROLL=next(parts for parts in range(6 // count, 0, -1) if steps % parts == 0),
+        RANKS=min(64, triton.next_power_of_2(side[0] or 1)), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def piece(product: Product) -> int:
+    """How many codes a thread adds up before it scales them: those of 16 bytes, or fewer in a smaller group."""
+    group = math.gcd(product.group, product.x.shape[1])
+    return min(128 // product.weight.number.bits, group & -group)
+
+
 def widening(product: Product, x: torch.Tensor, scales: torch.Tensor | None, how: Tile) -> torch.Tensor:
     """The product with codes widened on the way, of prepared inputs, or of 8-bit ones and their scales."""
     out, ends, side = _ends(product, scales)
+    if product.weight.table is not None or product.weight.scale.table is not None:
+        # In a pipelined loop Triton copies entries of tables to shared memory one by one: ten times as slow.
+        how = replace(how, stages=1)
     traced(products.widening_product)[_grid(product, how)](
         x.contiguous(), *ends, out, *_weight(product.weight), *product.sizes, *side, *_groups(product.weight),
-        **_codes(product), UNIT=product.group, BK=_step(product), **_tile(how, side),
+        **_codes(product), UNIT=product.group, BK=_step(product), **_tile(how),
     )  # fmt: skip
     return out
 
@@ -98,7 +136,7 @@ def by_rows(product: Product, x: torch.Tensor, scales: torch.Tensor, how: Tile) 
     inner = next(size for size in (128, 64, 32) if product.x.shape[1] % size == 0)
     traced(products.rows_product)[_grid(product, how)](
         x, *ends, out, weight.codes.contiguous(), scale, *product.sizes, *side, int(scale.shape[0] > 1),
-        SUM=_sum(x), BK=inner, **_tile(how, side),
+        WHOLE=x.dtype == torch.int8, BK=inner, **_tile(how),
     )  # fmt: skip
     return out
 
@@ -109,19 +147,20 @@ def by_groups(product: Product, x: torch.Tensor, scales: torch.Tensor, how: Tile
     inner = next(size for size in (128, 64, 32) if math.gcd(product.group, product.x.shape[1]) % size == 0)
     traced(products.grouped_product)[_grid(product, how)](
         x, *ends, out, *_weight(product.weight), *product.sizes, *side, *_groups(product.weight),
-        **_codes(product), SUM=_sum(x), BK=inner, **_tile(how, side),
+        **_codes(product), WHOLE=x.dtype == torch.int8, BK=inner, **_tile(how),
     )  # fmt: skip
     return out
 
 
-def _step(product: Product) -> int:
-    found = step(product)
+def _eight(floats: bool) -> dict[str, Any]:
+    """The constants that say what 8 bits are rounded to."""
+    return {"FLOAT": floats, "LARGEST": FLOAT8["float8_e4m3fn"] if floats else 127.0}
+
+
+def _step(product: Product, largest: int = 128) -> int:
+    found = step(product, largest)
     assert found is not None
     return found
-
-
-def _sum(x: torch.Tensor) -> Any:
-    return tl.int32 if x.dtype == torch.int8 else tl.float32
 
 
 def _grid(product: Product, how: Tile) -> tuple[int]:
@@ -129,9 +168,9 @@ def _grid(product: Product, how: Tile) -> tuple[int]:
     return (triton.cdiv(tokens, how.tokens) * triton.cdiv(outputs, how.outputs),)
 
 
-def _tile(how: Tile, side: tuple[int]) -> dict[str, int]:
-    ranks = min(64, max(_SMALLEST, triton.next_power_of_2(side[0])))
-    return {"BM": how.tokens, "BN": how.outputs, "RANKS": ranks, "num_warps": how.warps, "num_stages": how.stages}
+def _tile(how: Tile) -> dict[str, int]:
+    # More ranks at a time take registers: with 32, an SM of an H100 holds one tile of 128x128 instead of two.
+    return {"BM": how.tokens, "BN": how.outputs, "RANKS": _SMALLEST, "num_warps": how.warps, "num_stages": how.stages}
 
 
 def _ends(product: Product, scales: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor | None], tuple[int]]:

@@ -4,7 +4,7 @@ Each ends with the scales of tokens, the bias and the second half of a side bran
 """
 
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# ruff: noqa: ANN001, ANN201, N803, SIM300 - types of a kernel's arguments are Triton's; constants are in capitals
+# ruff: noqa: ANN001, ANN201, N803 - types of a kernel's arguments are Triton's; constants are in capitals
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from hasten.kernels.triton.decoding import factors, numbers, stored
+from hasten.kernels.triton.rows import eight_bits, scale_of
 
 
 @triton.jit
@@ -69,6 +70,42 @@ def widen_weight(
 
 
 @triton.jit
+def recode_rows(
+    codes, table, scale, scale_coarse, scale_table, scale_offset,
+    minimum, minimum_coarse, minimum_table, minimum_offset, zero, given, out, out_scale, N, K: tl.constexpr,
+    scale_row, scale_size, scale_coarse_row, scale_coarse_size,
+    minimum_row, minimum_size, minimum_coarse_row, minimum_coarse_size, zero_row, zero_size,
+    BITS: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr, FLOAT: tl.constexpr, LARGEST: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The weight in 8 bits, [N, K], with a scale for each row, `given` or the smallest that holds all; reads twice."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    rest = within(n, N)
+    if given is None:
+        largest = tl.zeros((BN, BK), tl.float32)
+        for k in range(0, K, BK):
+            found = numbers(codes, table, scale, scale_coarse, scale_table, scale_offset,
+                            minimum, minimum_coarse, minimum_table, minimum_offset, zero, rest, k, K,
+                            scale_row, scale_size, scale_coarse_row, scale_coarse_size,
+                            minimum_row, minimum_size, minimum_coarse_row, minimum_coarse_size, zero_row, zero_size,
+                            BITS, SHIFT, UNIT, BK)  # fmt: skip
+            largest = tl.maximum(largest, tl.abs(found))
+        by = scale_of(tl.max(largest, 1), LARGEST)
+    else:
+        by = tl.load(given + rest)
+    tl.store(out_scale + n, by, mask=n < N)
+    inverse = (1.0 / by)[:, None]
+    places = out + n.to(tl.int64)[:, None] * K + tl.arange(0, BK)[None, :]
+    for k in range(0, K, BK):
+        found = numbers(codes, table, scale, scale_coarse, scale_table, scale_offset,
+                        minimum, minimum_coarse, minimum_table, minimum_offset, zero, rest, k, K,
+                        scale_row, scale_size, scale_coarse_row, scale_coarse_size,
+                        minimum_row, minimum_size, minimum_coarse_row, minimum_coarse_size, zero_row, zero_size,
+                        BITS, SHIFT, UNIT, BK)  # fmt: skip
+        tl.store(places + k, eight_bits(found * inverse, FLOAT), mask=(n < N)[:, None])
+
+
+@triton.jit
 def widening_product(
     x, token_scale, bias, side, up, out,
     codes, table, scale, scale_coarse, scale_table, scale_offset,
@@ -97,13 +134,14 @@ def widening_product(
 @triton.jit
 def rows_product(
     x, token_scale, bias, side, up, out, codes, scale, M, N, K: tl.constexpr, ranks: tl.constexpr, scale_row,
-    SUM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """8 bits times 8 bits, integers or floats; a scale for each token and each output."""
     m, n = tile(M, N, BM, BN)
     inner = tl.arange(0, BK)
     left = x + within(m, M).to(tl.int64)[:, None] * K + inner[None, :]
     right = codes + within(n, N).to(tl.int64)[None, :] * K + inner[:, None]
+    SUM: tl.constexpr = tl.int32 if WHOLE else tl.float32
     found = tl.zeros((BM, BN), SUM)
     for k in range(0, K, BK):
         found = tl.dot(tl.load(left + k), tl.load(right + k), found, out_dtype=SUM)
@@ -118,7 +156,7 @@ def grouped_product(
     minimum, minimum_coarse, minimum_table, minimum_offset, zero, M, N, K: tl.constexpr, ranks: tl.constexpr,
     scale_row, scale_size, scale_coarse_row, scale_coarse_size,
     minimum_row, minimum_size, minimum_coarse_row, minimum_coarse_size, zero_row, zero_size,
-    BITS: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr,
+    BITS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """8-bit tokens times groups of codes that are whole numbers: exact sums by group, which are scaled and added.
@@ -133,18 +171,18 @@ def grouped_product(
         rest = within(n, N)
         left = tl.load(rows + k)
         right = stored(codes, rest, k, K, BITS, BK)
-        if SUM == tl.int32:
+        if WHOLE:
             right = right.to(tl.int16) - SHIFT
             if zero is not None:
                 places = zero + rest[:, None] * zero_row + place[None, :] // zero_size
                 right = right - tl.load(places).to(tl.int16)
             right = right.to(tl.int8)
-        by = factors(scale, scale_coarse, scale_table, scale_offset, rest, place,
+        by = factors(scale, scale_coarse, scale_table, scale_offset, rest[:, None], place[None, :],
                      scale_row, scale_size, scale_coarse_row, scale_coarse_size)  # fmt: skip
-        sums = tl.dot(left, tl.trans(right), out_dtype=SUM).to(tl.float32)
+        sums = tl.dot(left, tl.trans(right), out_dtype=tl.int32 if WHOLE else tl.float32).to(tl.float32)
         found += sums * tl.trans(by)
         if minimum is not None:
-            less = factors(minimum, minimum_coarse, minimum_table, minimum_offset, rest, place,
+            less = factors(minimum, minimum_coarse, minimum_table, minimum_offset, rest[:, None], place[None, :],
                            minimum_row, minimum_size, minimum_coarse_row, minimum_coarse_size)  # fmt: skip
             found -= tl.sum(left.to(tl.float32), 1)[:, None] * tl.trans(less)
     finish(found, token_scale, bias, side, up, out, m, n, M, N, ranks, RANKS)
