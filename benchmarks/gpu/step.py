@@ -170,6 +170,10 @@ OURS = {
     "ours, 8 bits and attention, fused, compiled, table": (
         "Float8Linear() | FusedBlocks() | FusedQKV() | ModulationTable() | EightBitAttention() | CompileBlocks()"
     ),
+    "ours, 8 bits and attention, fused, graphs, table": (
+        "Float8Linear() | FusedBlocks() | FusedQKV() | ModulationTable() | EightBitAttention() | CompileBlocks() | "
+        "CudaGraphs()"
+    ),
     "ours, integers, fused, compiled": "Int8Linear() | FusedBlocks() | FusedQKV() | CompileBlocks()",
 }
 """Recipes by name."""

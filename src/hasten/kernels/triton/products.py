@@ -4,7 +4,7 @@ Each ends with the scales of tokens, the bias and the second half of a side bran
 """
 
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# ruff: noqa: ANN001, ANN201, N803 - types of a kernel's arguments are Triton's; constants are in capitals
+# ruff: noqa: ANN001, ANN201, N803, N806 - types of a kernel's arguments are Triton's; constants are in capitals
 
 from __future__ import annotations
 
