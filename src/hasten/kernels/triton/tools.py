@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -64,9 +63,11 @@ def stages(rotation: int) -> tuple[bool, int]:
     return bool(order % 2), order // 2
 
 
-@functools.cache
 def traced(kernel: Any) -> Any:
-    """A kernel as operators launch it, so that compiled code can take in the launch; the interpreter's as they are."""
+    """A kernel as operators launch it, so that compiled code can take in the launch; the interpreter's as they are.
+
+    Asked anew each time: outside of compiled code PyTorch answers with the kernel itself.
+    """
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
