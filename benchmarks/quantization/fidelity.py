@@ -71,6 +71,8 @@ RECIPES = (
     "AWQ()",
     "GPTQ()",
     "GPTQ(symmetric=True)",
+    "GGUF(type='Q4_0', importance='auto')",
+    "GGUF(type='Q4_K', importance='auto')",
     "SVDQuant(rank=32)",
     "SVDQuant(rank=32, gptq=True)",
     "SVDQuant(rank=32, activations=4)",
