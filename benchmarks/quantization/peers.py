@@ -113,8 +113,8 @@ def bits_and_bytes(bits: int) -> Peer:
         uneven = [path for path, one in layers.items() if one.in_features % 64 or one.out_features % 32]
         if bits == 4 and uneven and made.device.type == "cpu":
             raise HastenError(
-                f"on a CPU its 4-bit layers need inputs that 64 divides and outputs that 32 divides (otherwise it takes "
-                f"the scales of other blocks, without a word), and {len(uneven)} of {len(layers)} layers have others."
+                f"on a CPU its 4-bit layers need inputs that 64 and outputs that 32 divides (otherwise it takes scales "
+                f"of other blocks, without a word), and {len(uneven)} of {len(layers)} layers have others."
             )
         for path, plain in layers.items():
             parent, _, name = path.rpartition(".")

@@ -57,6 +57,13 @@ def flux() -> Tensors:
     }
 
 
+def wan_vace() -> Tensors:
+    from diffusers import WanVACETransformer3DModel
+
+    settings: dict[str, Any] = {name: value for name, value in specs()["wan"].tiny.items() if name[0] != "_"}
+    return tensors(WanVACETransformer3DModel(**settings, vace_layers=[0, 1], vace_in_channels=12))
+
+
 CASES: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors], Tensors]]] = {
     "flux": (flux, oracle.convert_flux_transformer_checkpoint_to_diffusers),
     "sd3": (lambda: tiny("sd3"), oracle.convert_sd3_transformer_checkpoint_to_diffusers),
@@ -65,6 +72,7 @@ CASES: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors], Tensors]]] = {
         lambda: tiny("wan", image_dim=8, added_kv_proj_dim=32),
         oracle.convert_wan_transformer_to_diffusers,
     ),
+    "wan, VACE": (lambda: wan_vace(), oracle.convert_wan_transformer_to_diffusers),
     "z_image": (lambda: tiny("z_image"), oracle.convert_z_image_transformer_checkpoint_to_diffusers),
     "stable_diffusion": (lambda: tiny("stable_diffusion"), lambda found: ldm("stable_diffusion", found)),
     "sdxl": (lambda: tiny("sdxl"), lambda found: ldm("sdxl", found)),
@@ -107,6 +115,22 @@ def test_names_of_the_vae() -> None:
     back = oracle.convert_ldm_vae_checkpoint(dict(theirs), model.config)
     assert same(back, ours)
     assert same(plain(in_scheme(Held(theirs), "diffusers")), ours)
+
+
+@pytest.mark.parametrize("levels", [4, 3])
+def test_names_of_the_vae_of_wan(levels: int) -> None:
+    model = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=2, dim_mult=[1, 2, 4, 4][:levels], temperal_downsample=[False, True, True][: levels - 1]
+    )
+    ours = tensors(model)
+    theirs = plain(in_scheme(Held(ours), "original"))
+    assert {"conv1.weight", "decoder.head.2.bias", "encoder.middle.1.to_qkv.weight"} <= theirs.keys()
+    if levels == 4:  # the only number of levels that diffusers' conversion knows
+        assert same(oracle.convert_wan_vae_to_diffusers(dict(theirs)), ours)
+    found = recognized(theirs.keys())
+    assert (found.naming.architecture, found.naming.scheme) == ("wan_vae", "original")
+    prefixed: Tensors = {f"vae.{name}": tensor for name, tensor in theirs.items()}
+    assert same(plain(in_scheme(Held(prefixed), "diffusers")), ours)
 
 
 def open_clip(width: int) -> Tensors:
@@ -188,7 +212,7 @@ def test_unknown_architectures_and_namings() -> None:
 
 def test_architectures_are_those_of_the_denoisers_and_their_companions() -> None:
     known = {naming.architecture for naming in NAMINGS}
-    assert known - set(specs()) == {"t5", "open_clip", "clip", "vae"}
+    assert known - set(specs()) == {"t5", "open_clip", "clip", "vae", "wan_vae"}
     assert set(specs()) <= known
 
 
