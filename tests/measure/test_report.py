@@ -121,6 +121,8 @@ def test_names_are_shortened_without_losing_their_difference(example: Comparison
     assert readable("ChannelsLast() | FirstBlockCache(threshold=0.08)") == "ChannelsLast + FirstBlockCache 0.08"
     assert readable("AttentionBackend(name='math')") == "AttentionBackend math"
     assert readable("X(a=1, b='c')") == "X a 1, b c"
+    assert readable("SVDQuant(activations=4)") == "SVDQuant activations 4"
+    assert readable("SVDQuant(bits=4)") == "SVDQuant 4"
     assert readable("my own (best) name") == "my own (best) name"
     short = labels(example.rows)
     assert short[2:5] == ["+ FirstBlockCache 0.06", "+ FirstBlockCache 0.12", "+ FirstBlockCache 0.4"]
