@@ -230,3 +230,29 @@ def test_entries_keep_what_is_done_to_the_input() -> None:
     assert found.low_rank is not None
     assert torch.equal(found.low_rank.up, low.up[32:64])
     assert torch.equal(found.low_rank.down, low.down)
+
+
+def test_nunchakus_z_image_has_a_gated_layer_of_diffusers_kind() -> None:
+    from diffusers.models.attention import FeedForward
+
+    ours = tiny("z_image")
+    theirs = plain(in_scheme(Held(ours), "nunchaku"))
+    assert recognized(theirs.keys()).naming.scheme == "nunchaku"
+    place = "layers.1.feed_forward"
+    w1, w2, w3 = (ours[f"{place}.w{number}.weight"] for number in (1, 2, 3))
+    layer = FeedForward(w1.shape[1], inner_dim=w1.shape[0], activation_fn="swiglu", bias=False)
+    layer.load_state_dict({name: theirs[f"{place}.{name}"] for name in ("net.0.proj.weight", "net.2.weight")})
+    x = torch.randn(3, w1.shape[1], generator=torch.Generator().manual_seed(1))
+    expected = (torch.nn.functional.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-3)
+    assert theirs["layers.0.attention.to_qkv.weight"].shape[0] == 3 * ours["layers.0.attention.to_q.weight"].shape[0]
+    assert same(plain(in_scheme(Held(theirs), "diffusers")), ours)
+
+
+def test_nunchakus_z_image_may_leave_the_refiners_as_they_are() -> None:
+    ours = tiny("z_image")
+    theirs = plain(in_scheme(Held(ours), "nunchaku"))
+    for name in [name for name in theirs if "refiner" in name and ".to_qkv." in name]:
+        for part, tensor in zip("qkv", theirs.pop(name).chunk(3), strict=True):
+            theirs[name.replace("to_qkv", f"to_{part}")] = tensor
+    assert same(plain(in_scheme(Held(theirs), "diffusers")), ours)
