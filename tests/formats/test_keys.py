@@ -64,6 +64,25 @@ def wan_vace() -> Tensors:
     return tensors(WanVACETransformer3DModel(**settings, vace_layers=[0, 1], vace_in_channels=12))
 
 
+def wan_animate() -> Tensors:
+    from diffusers import WanAnimateTransformer3DModel
+
+    sizes = {str(2**number): 2 for number in range(2, 10)}
+    settings: dict[str, Any] = {name: value for name, value in specs()["wan"].tiny.items() if name[0] != "_"}
+    settings |= {
+        "in_channels": 12,
+        "latent_channels": 4,
+        "image_dim": 4,
+        "added_kv_proj_dim": 32,
+        "face_encoder_hidden_dim": 4,
+    }
+    model = WanAnimateTransformer3DModel(
+        **settings, motion_encoder_channel_sizes=sizes, motion_style_dim=4, motion_dim=2, motion_encoder_dim=4,
+        face_encoder_num_heads=2, inject_face_latents_blocks=1,
+    )  # fmt: skip
+    return tensors(model)
+
+
 CASES: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors], Tensors]]] = {
     "flux": (flux, oracle.convert_flux_transformer_checkpoint_to_diffusers),
     "sd3": (lambda: tiny("sd3"), oracle.convert_sd3_transformer_checkpoint_to_diffusers),
@@ -73,6 +92,7 @@ CASES: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors], Tensors]]] = {
         oracle.convert_wan_transformer_to_diffusers,
     ),
     "wan, VACE": (lambda: wan_vace(), oracle.convert_wan_transformer_to_diffusers),
+    "wan, Animate": (lambda: wan_animate(), oracle.convert_wan_transformer_to_diffusers),
     "z_image": (lambda: tiny("z_image"), oracle.convert_z_image_transformer_checkpoint_to_diffusers),
     "stable_diffusion": (lambda: tiny("stable_diffusion"), lambda found: ldm("stable_diffusion", found)),
     "sdxl": (lambda: tiny("sdxl"), lambda found: ldm("sdxl", found)),
@@ -256,3 +276,10 @@ def test_nunchakus_z_image_may_leave_the_refiners_as_they_are() -> None:
         for part, tensor in zip("qkv", theirs.pop(name).chunk(3), strict=True):
             theirs[name.replace("to_qkv", f"to_{part}")] = tensor
     assert same(plain(in_scheme(Held(theirs), "diffusers")), ours)
+
+
+def test_blurs_of_wan_animate_have_no_place_in_diffusers() -> None:
+    ours = wan_animate()
+    theirs = plain(in_scheme(Held(ours), "original"))
+    blurred: Tensors = {**theirs, "motion_encoder.enc.net_app.convs.1.conv2.0.kernel": torch.ones(4, 4)}
+    assert same(plain(in_scheme(Held(blurred), "diffusers")), ours)

@@ -1,10 +1,11 @@
-"""Wan 2.1 and 2.2, VACE among them: names of the original repository."""
+"""Wan 2.1 and 2.2, VACE and Animate among them: names of the original repository."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
 from hasten.formats.keys.naming import Naming, Rule, renamed
+from hasten.formats.keys.wan_animate import IGNORED, animate
 
 _EMBEDDERS = {
     "time_embedding.0": "time_embedder.linear_1",
@@ -39,6 +40,7 @@ def _all() -> Iterator[Rule]:
     yield from _block("vace_blocks.#")
     yield renamed("vace_blocks.#.before_proj.*", "vace_blocks.#.proj_in.*")
     yield renamed("vace_blocks.#.after_proj.*", "vace_blocks.#.proj_out.*")
+    yield from animate()
 
 
 def _block(place: str) -> Iterator[Rule]:
@@ -58,6 +60,7 @@ NAMINGS = (
         scheme="original",
         marks=("head.modulation", "blocks.0.self_attn.q.weight"),
         rules=_rules,
+        ignored=IGNORED,
     ),
     Naming(
         architecture="wan",
