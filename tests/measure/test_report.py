@@ -252,6 +252,19 @@ def test_chart_places_speed_to_the_right_fidelity_upwards_and_identical_on_top()
     assert [point[0] for point in chart.frontier] == [same.x, near.x, far.x]
 
 
+def test_a_floor_far_above_leaves_the_rows_their_room() -> None:
+    near = comparing(row("near", 2, 40), row("far", 1, 20))
+    high = FidelityRecord(psnr=95.0, lpips=0.0)
+    beyond = near.model_copy(update={"rows": [one.model_copy(update={"noise_floor": high}) for one in near.rows]})
+    charts = [chart for chart in map(lay_out, (near, beyond)) if chart]
+    spreads = [chart.points[-1].y - chart.points[-2].y for chart in charts]
+    assert spreads[1] > 0.7 * spreads[0]
+    floor = charts[1].floor
+    assert floor is not None
+    assert "95.0 dB (off the scale)" in floor.text
+    assert charts[1].band <= floor.at < charts[1].points[-2].y
+
+
 def test_ticks_are_round_and_inside() -> None:
     assert ticks(0.83, 3.9, 6) == [1.0, 2.0, 3.0]
     assert ticks(15, 55, 6) == [20.0, 30.0, 40.0, 50.0]
