@@ -2,28 +2,34 @@
 
     python benchmarks/quantization/fidelity.py --out benchmarks/quantization/results/fidelity.json
     python benchmarks/quantization/fidelity.py --models emoji-flux --recipes "GPTQ()" "SVDQuant(rank=8)" --pictures 8
+    python benchmarks/quantization/fidelity.py --recipes --peers "bitsandbytes nf4" "torchao Float8WeightOnly"
 
 Same prompts, seeds and 28 steps with and without a recipe; statistics are gathered from other prompts and seeds. Sizes
 count everything that stands in place of the weights that were quantized: codes, scales, zero points, factors and side
-branches. The file is written after each row, and rows that it holds already are left out.
+branches. The file is written after each row, and rows that it holds already are left out; peers that could not run
+are tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from peers import PEERS, Peer
 
 import hasten
 from hasten.cli.common import quiet
+from hasten.core.diagnosis import in_words
 from hasten.core.errors import HastenError
 from hasten.core.expression import load_recipe
 from hasten.core.files import atomic_write_text, json_text, read_json
+from hasten.core.packages import installed
 from hasten.core.recipe import Recipe
 from hasten.core.session import Session
 from hasten.core.target import Target
@@ -32,6 +38,7 @@ from hasten.core.weights import weights_hash
 from hasten.measure.environment import environment
 from hasten.measure.quality import Fidelity, fidelities
 from hasten.measure.rendering import render
+from hasten.models import find_folder
 from hasten.quantize.engine.gains_file import usual_gains
 from hasten.quantize.engine.linear_quantizer import Replaced
 from hasten.quantize.engine.statistics_file import usual_file
@@ -50,9 +57,15 @@ Bits count all that stands in place of the quantized weights. The models are nar
 branch of rank 32 in 16 bits takes 16 * 32 * (N + K) / (N * K) bits a weight: 8 for a layer of 128 x 128, where FLUX.1
 with 3072 x 3072 needs a third of a bit. At equal bytes on these models 8-bit codes are far better than any branch of
 rank 32; a branch of rank 2 has about the share of the bytes here that one of rank 32 has there.
+
+Other libraries' rows are named by the library. They take the same linear layers as ours (not the 1 x 1 convolutions of
+emoji-sd), at the settings they recommend, as far as a CPU runs them. torchao's `IntxWeightOnly` keeps a byte for each
+4-bit code. Two rows check each other: nf4 of bitsandbytes on emoji-flux makes the same pictures as ours, and so does a
+Q4_0 file of ours in diffusers' own GGUF layers.
 """
 CALIBRATED = 32
 """Pictures that statistics are gathered from; none of them is compared later."""
+LIBRARIES = ("torchao", "bitsandbytes", "optimum-quanto", "gguf")
 MODELS = ("emoji-flux", "emoji-sd", "emoji-dit")
 RECIPES = (
     # 8 bits, weights and activations
@@ -71,6 +84,8 @@ RECIPES = (
     "AWQ()",
     "GPTQ()",
     "GPTQ(symmetric=True)",
+    "GGUF(type='Q4_0', importance='auto')",
+    "GGUF(type='Q4_K', importance='auto')",
     "SVDQuant(rank=32)",
     "SVDQuant(rank=32, gptq=True)",
     "SVDQuant(rank=32, activations=4)",
@@ -89,6 +104,8 @@ RECIPES = (
     "MixedPrecision(bits=5)",
     "MixedPrecision(bits=5, alike=False)",
     "MixedPrecision(bits=4)",
+    "MixedPrecision(bits=8)",
+    "MixedPrecision(bits=8, activations='int8', loss=6.0)",
 )
 
 
@@ -96,15 +113,17 @@ def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--peers", nargs="*", default=(), choices=["all", *PEERS], metavar="PEER", help="all, or some")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--device", default=None)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fidelity.json")
     parser.add_argument("--table", action="store_true", help="only write the table of what was measured")
     options = parser.parse_args()
     quiet()
+    peers = tuple(PEERS) if "all" in options.peers else tuple(options.peers)
     for name in () if options.table else options.models:
-        Rows(name, options.pictures, options.out, options.device).run(options.recipes)
+        Rows(name, options.pictures, options.out, options.device).run((*options.recipes, *peers))
     atomic_write_text(options.out.with_suffix(".md"), table(read_json(options.out)))
 
 
@@ -119,10 +138,16 @@ class Rows:
         self.device = Target.of(self.model.pipeline).device
         self.images: list[Any] = []
 
-    def run(self, recipes: list[str]) -> None:
-        """The rows that the file lacks."""
+    def run(self, recipes: Sequence[str]) -> None:
+        """The rows of recipes and peers that the file lacks."""
         data: Any = read_json(self.file) if self.file.exists() else {"schema": 1, "rows": []}
-        data["environment"] = environment(self.device)
+        libraries = {name: installed(name) for name in LIBRARIES}
+        found = {name: version for name, version in libraries.items() if version}
+        data["environment"] = data.get("environment", {}) | environment(self.device) | found
+        again = [
+            row for row in data["rows"] if row["recipe"] in PEERS and row["recipe"] in recipes and "problem" in row
+        ]
+        data["rows"] = [row for row in data["rows"] if row not in again or row["model"] != self.name]
         done = {(row["model"], row["recipe"], row["pictures"]) for row in data["rows"]}
         for text in recipes:
             if (self.name, text, self.pictures) not in done:
@@ -133,7 +158,7 @@ class Rows:
         """One recipe's row; also that it could not run."""
         facts: dict[str, Any] = {"model": self.name, "recipe": text, "pictures": self.pictures}
         try:
-            facts |= self.measured(load_recipe(text))
+            facts |= self.beside(PEERS[text]) if text in PEERS else self.measured(load_recipe(text))
             print(f"{self.name:11s} {facts['bits']:6.2f} bits {facts['psnr']:6.2f} dB  {text}", flush=True)
         except HastenError as error:
             facts["problem"] = str(error)
@@ -152,6 +177,24 @@ class Rows:
         found = fidelities(images, self.images)
         return {**size, "apply_seconds": round(seconds, 2), **summary(found)}
 
+    def beside(self, peer: Peer) -> dict[str, Any]:
+        """Put a peer's denoiser into the pipeline, and compare its pictures with the plain ones."""
+        pipeline, folder = self.model.pipeline, find_folder(self.name)
+        plain, name = denoiser_of(pipeline)
+        began = time.perf_counter()
+        try:
+            with torch.no_grad():
+                made = peer(pipeline, folder or Path(self.name))
+            seconds = time.perf_counter() - began
+            self.images = self.images or self.rendered()
+            setattr(pipeline, name, made.denoiser)
+            found = fidelities(self.rendered(), self.images)
+        except Exception as problem:
+            raise HastenError(in_words(problem)) from problem
+        finally:
+            setattr(pipeline, name, plain)
+        return {**made.sizes(), "apply_seconds": round(seconds, 2), **summary(found)}
+
     def prepare(self) -> None:
         """Statistics and plain pictures, once."""
         weights = weights_hash(Target.of(self.model.pipeline).denoisers[0].module)
@@ -167,6 +210,12 @@ class Rows:
         """The pictures of the evaluation prompts."""
         chosen = self.prompts["evaluation"][: self.pictures]
         return [render(self.model.pipeline, self.model.workload, text, seed) for text, seed in chosen]
+
+
+def denoiser_of(pipeline: Any) -> tuple[Any, str]:
+    """The denoiser and its name in the pipeline."""
+    found = Target.of(pipeline).denoisers[0]
+    return found.module, found.name
 
 
 def sizes(session: Session) -> dict[str, Any]:
@@ -196,16 +245,28 @@ def table(data: Any) -> str:
     models = list(dict.fromkeys(model for model, _ in rows))
     head = " | ".join(f"{model}: bits | PSNR, dB | LPIPS" for model in models)
     lines = [NOTES, f"| Recipe | {head} |", "|---" * (1 + 3 * len(models)) + "|"]
-    for recipe in dict.fromkeys((*RECIPES, *(recipe for _, recipe in rows))):
+    ours = dict.fromkeys((*RECIPES, *(recipe for _, recipe in rows if recipe not in PEERS)))
+    for recipe in (*ours, *(name for name in PEERS if any(recipe == name for _, recipe in rows))):
         cells = [cell for model in models for cell in _cells(rows.get((model, recipe)))]
-        lines.append(f"| `{recipe.replace('|', chr(92) + '|')}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        shown = recipe if recipe in PEERS else f"`{recipe.replace('|', chr(92) + '|')}`"
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join((*lines, *_reasons(data["rows"]))) + "\n"
+
+
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    """Why rows are missing."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "problem" in row:
+            told.setdefault((row["recipe"], row["problem"]), []).append(row["model"])
+    lines = [f"- {recipe} on {', '.join(models)}: {problem}" for (recipe, problem), models in told.items()]
+    return ["", "Rows that did not run:", "", *lines] if lines else []
 
 
 def _cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
     if row is None or "psnr" not in row:
         return "-", "-", "-"
-    error = row["psnr_deviation"] / row["pictures"] ** 0.5
+    error = (row["psnr_deviation"] or float("nan")) / row["pictures"] ** 0.5
     return f"{row['bits']:.2f}", f"{row['psnr']:.2f} ± {error:.1f}", f"{row['lpips']:.4f}"
 
 

@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Ids
 
 from hasten.core.errors import HastenError, UnknownName
-from hasten.formats.gguf.quantizing import QUANTIZERS, fitting, quantize
+from hasten.formats.gguf.quantizing import QUANTIZERS, WEIGHTED, fitting, quantize
 from hasten.formats.gguf.types import BY_NAME, PLAIN, TYPES, type_of
 from hasten.kernels.weight import QuantizedWeight
 
@@ -106,7 +106,7 @@ def test_q4_k_is_a_decibel_and_more_above_q4_0() -> None:
     assert 20 * np.log10(ratio) > 1.5
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize("name", [*REFERENCE, *WEIGHTED])
 def test_importance_moves_errors_to_inputs_that_matter_less(name: str) -> None:
     values = weights(128)
     importance = torch.exp(1.5 * torch.randn(512, generator=torch.Generator().manual_seed(1)))
@@ -115,6 +115,17 @@ def test_importance_moves_errors_to_inputs_that_matter_less(name: str) -> None:
         return (importance * (weight.dequantize() - values).square()).sum().item()
 
     assert weighted(quantize(values, name, importance)) < 0.85 * weighted(quantize(values, name))
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_importance_never_makes_a_simple_block_worse(name: str) -> None:
+    values, importance = weights(64).abs() + 4, torch.linspace(0.01, 1, 512)  # no least squares through a minimum >= 0
+
+    def by_block(weight: QuantizedWeight) -> torch.Tensor:
+        error = importance / importance.mean() * (weight.dequantize() - values).square()
+        return error.reshape(-1, 32).sum(1)
+
+    assert (by_block(quantize(values, name, importance)) <= by_block(quantize(values, name)) * (1 + 1e-4)).all()
 
 
 def test_equal_importances_are_none() -> None:

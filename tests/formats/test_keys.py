@@ -57,6 +57,32 @@ def flux() -> Tensors:
     }
 
 
+def wan_vace() -> Tensors:
+    from diffusers import WanVACETransformer3DModel
+
+    settings: dict[str, Any] = {name: value for name, value in specs()["wan"].tiny.items() if name[0] != "_"}
+    return tensors(WanVACETransformer3DModel(**settings, vace_layers=[0, 1], vace_in_channels=12))
+
+
+def wan_animate() -> Tensors:
+    from diffusers import WanAnimateTransformer3DModel
+
+    sizes = {str(2**number): 2 for number in range(2, 10)}
+    settings: dict[str, Any] = {name: value for name, value in specs()["wan"].tiny.items() if name[0] != "_"}
+    settings |= {
+        "in_channels": 12,
+        "latent_channels": 4,
+        "image_dim": 4,
+        "added_kv_proj_dim": 32,
+        "face_encoder_hidden_dim": 4,
+    }
+    model = WanAnimateTransformer3DModel(
+        **settings, motion_encoder_channel_sizes=sizes, motion_style_dim=4, motion_dim=2, motion_encoder_dim=4,
+        face_encoder_num_heads=2, inject_face_latents_blocks=1,
+    )  # fmt: skip
+    return tensors(model)
+
+
 CASES: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors], Tensors]]] = {
     "flux": (flux, oracle.convert_flux_transformer_checkpoint_to_diffusers),
     "sd3": (lambda: tiny("sd3"), oracle.convert_sd3_transformer_checkpoint_to_diffusers),
@@ -65,6 +91,8 @@ CASES: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors], Tensors]]] = {
         lambda: tiny("wan", image_dim=8, added_kv_proj_dim=32),
         oracle.convert_wan_transformer_to_diffusers,
     ),
+    "wan, VACE": (lambda: wan_vace(), oracle.convert_wan_transformer_to_diffusers),
+    "wan, Animate": (lambda: wan_animate(), oracle.convert_wan_transformer_to_diffusers),
     "z_image": (lambda: tiny("z_image"), oracle.convert_z_image_transformer_checkpoint_to_diffusers),
     "stable_diffusion": (lambda: tiny("stable_diffusion"), lambda found: ldm("stable_diffusion", found)),
     "sdxl": (lambda: tiny("sdxl"), lambda found: ldm("sdxl", found)),
@@ -107,6 +135,22 @@ def test_names_of_the_vae() -> None:
     back = oracle.convert_ldm_vae_checkpoint(dict(theirs), model.config)
     assert same(back, ours)
     assert same(plain(in_scheme(Held(theirs), "diffusers")), ours)
+
+
+@pytest.mark.parametrize("levels", [4, 3])
+def test_names_of_the_vae_of_wan(levels: int) -> None:
+    model = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=2, dim_mult=[1, 2, 4, 4][:levels], temperal_downsample=[False, True, True][: levels - 1]
+    )
+    ours = tensors(model)
+    theirs = plain(in_scheme(Held(ours), "original"))
+    assert {"conv1.weight", "decoder.head.2.bias", "encoder.middle.1.to_qkv.weight"} <= theirs.keys()
+    if levels == 4:  # the only number of levels that diffusers' conversion knows
+        assert same(oracle.convert_wan_vae_to_diffusers(dict(theirs)), ours)
+    found = recognized(theirs.keys())
+    assert (found.naming.architecture, found.naming.scheme) == ("wan_vae", "original")
+    prefixed: Tensors = {f"vae.{name}": tensor for name, tensor in theirs.items()}
+    assert same(plain(in_scheme(Held(prefixed), "diffusers")), ours)
 
 
 def open_clip(width: int) -> Tensors:
@@ -188,7 +232,7 @@ def test_unknown_architectures_and_namings() -> None:
 
 def test_architectures_are_those_of_the_denoisers_and_their_companions() -> None:
     known = {naming.architecture for naming in NAMINGS}
-    assert known - set(specs()) == {"t5", "open_clip", "clip", "vae"}
+    assert known - set(specs()) == {"t5", "open_clip", "clip", "vae", "wan_vae"}
     assert set(specs()) <= known
 
 
@@ -206,3 +250,36 @@ def test_entries_keep_what_is_done_to_the_input() -> None:
     assert found.low_rank is not None
     assert torch.equal(found.low_rank.up, low.up[32:64])
     assert torch.equal(found.low_rank.down, low.down)
+
+
+def test_nunchakus_z_image_has_a_gated_layer_of_diffusers_kind() -> None:
+    from diffusers.models.attention import FeedForward
+
+    ours = tiny("z_image")
+    theirs = plain(in_scheme(Held(ours), "nunchaku"))
+    assert recognized(theirs.keys()).naming.scheme == "nunchaku"
+    place = "layers.1.feed_forward"
+    w1, w2, w3 = (ours[f"{place}.w{number}.weight"] for number in (1, 2, 3))
+    layer = FeedForward(w1.shape[1], inner_dim=w1.shape[0], activation_fn="swiglu", bias=False)
+    layer.load_state_dict({name: theirs[f"{place}.{name}"] for name in ("net.0.proj.weight", "net.2.weight")})
+    x = torch.randn(3, w1.shape[1], generator=torch.Generator().manual_seed(1))
+    expected = (torch.nn.functional.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-3)
+    assert theirs["layers.0.attention.to_qkv.weight"].shape[0] == 3 * ours["layers.0.attention.to_q.weight"].shape[0]
+    assert same(plain(in_scheme(Held(theirs), "diffusers")), ours)
+
+
+def test_nunchakus_z_image_may_leave_the_refiners_as_they_are() -> None:
+    ours = tiny("z_image")
+    theirs = plain(in_scheme(Held(ours), "nunchaku"))
+    for name in [name for name in theirs if "refiner" in name and ".to_qkv." in name]:
+        for part, tensor in zip("qkv", theirs.pop(name).chunk(3), strict=True):
+            theirs[name.replace("to_qkv", f"to_{part}")] = tensor
+    assert same(plain(in_scheme(Held(theirs), "diffusers")), ours)
+
+
+def test_blurs_of_wan_animate_have_no_place_in_diffusers() -> None:
+    ours = wan_animate()
+    theirs = plain(in_scheme(Held(ours), "original"))
+    blurred: Tensors = {**theirs, "motion_encoder.enc.net_app.convs.1.conv2.0.kernel": torch.ones(4, 4)}
+    assert same(plain(in_scheme(Held(blurred), "diffusers")), ours)

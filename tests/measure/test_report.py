@@ -121,6 +121,8 @@ def test_names_are_shortened_without_losing_their_difference(example: Comparison
     assert readable("ChannelsLast() | FirstBlockCache(threshold=0.08)") == "ChannelsLast + FirstBlockCache 0.08"
     assert readable("AttentionBackend(name='math')") == "AttentionBackend math"
     assert readable("X(a=1, b='c')") == "X a 1, b c"
+    assert readable("SVDQuant(activations=4)") == "SVDQuant activations 4"
+    assert readable("SVDQuant(bits=4)") == "SVDQuant 4"
     assert readable("my own (best) name") == "my own (best) name"
     short = labels(example.rows)
     assert short[2:5] == ["+ FirstBlockCache 0.06", "+ FirstBlockCache 0.12", "+ FirstBlockCache 0.4"]
@@ -248,6 +250,19 @@ def test_chart_places_speed_to_the_right_fidelity_upwards_and_identical_on_top()
     assert chart.floor is not None
     assert chart.band < chart.floor.at < near.y
     assert [point[0] for point in chart.frontier] == [same.x, near.x, far.x]
+
+
+def test_a_floor_far_above_leaves_the_rows_their_room() -> None:
+    near = comparing(row("near", 2, 40), row("far", 1, 20))
+    high = FidelityRecord(psnr=95.0, lpips=0.0)
+    beyond = near.model_copy(update={"rows": [one.model_copy(update={"noise_floor": high}) for one in near.rows]})
+    charts = [chart for chart in map(lay_out, (near, beyond)) if chart]
+    spreads = [chart.points[-1].y - chart.points[-2].y for chart in charts]
+    assert spreads[1] > 0.7 * spreads[0]
+    floor = charts[1].floor
+    assert floor is not None
+    assert "95.0 dB (off the scale)" in floor.text
+    assert charts[1].band <= floor.at < charts[1].points[-2].y
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -11,11 +12,14 @@ from torch import nn
 
 from hasten.core.session import accelerate
 from hasten.core.target import Target
+from hasten.core.weights import weights_hash
 from hasten.core.workload import Workload
 from hasten.formats.gguf import GGUFFormat
 from hasten.formats.gguf.types import type_of
 from hasten.kernels.modules import Quantized
 from hasten.quantize import GGUF
+from hasten.quantize.engine.statistics_file import save_statistics
+from hasten.quantize.engine.watching import Watcher
 from tests.contract.rigs import make
 
 HALVES = {"F16", "BF16"}
@@ -73,3 +77,41 @@ def test_the_predicted_size_is_the_real_one(kind: Any) -> None:
     with accelerate(rig, technique):
         parts = (*rig.denoiser.parameters(), *rig.denoiser.buffers())
         assert sum(part.nbytes for part in parts) == expected
+
+
+def loud(rig: Any, factor: float = 30.0) -> None:
+    """Makes some inputs of the feed-forward networks' second layers large."""
+    with torch.no_grad():
+        for path, module in rig.denoiser.named_modules():
+            if isinstance(module, nn.Linear) and path.endswith("ff.net.0.proj"):
+                module.weight[::8] *= factor
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0"])
+def test_importances_of_inputs_lower_the_error_of_the_output(kind: Any) -> None:
+    plain, errors = make("flux"), dict[str, float]()
+    loud(plain)
+    expected = plain.run()
+    for importance in ("even", "synthetic"):
+        rig, technique = make("flux"), GGUF(type=kind, importance=importance)
+        loud(rig)
+        with rig.accelerated(technique) as session:
+            errors[importance] = (rig.run() - expected).norm().item()
+            assert ("weighed by their inputs" in technique.engaged(session).summary) == (importance != "even")
+    assert errors["synthetic"] < 0.9 * errors["even"]
+
+
+def test_importances_need_a_file_of_this_model(tmp_path: Path) -> None:
+    rig, file = make("flux"), tmp_path / "one.safetensors"
+    target = Target.of(rig)
+    missing = list(GGUF(importance=str(file)).problems(target))
+    assert len(missing) == 1
+    assert "hasten calibrate" in missing[0]
+    watcher = Watcher(GGUF().takes(target))
+    rig.run()
+    save_statistics(file, watcher, {"weights_sha256": weights_hash(target.denoisers[0].module)})
+    watcher.stop()
+    assert list(GGUF(importance=str(file)).problems(target)) == []
+    other = make("flux")
+    loud(other)
+    assert "other weights" in "".join(GGUF(importance=str(file)).problems(Target.of(other)))

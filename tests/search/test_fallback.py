@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import hasten
 from hasten import FORA, OutputForecast, Recipe
 from hasten.core.memory_limit import OutOfMemory, within_memory
 from hasten.core.session import applied_to
+from hasten.core.technique import Stage
 from hasten.core.workload import Workload
 from hasten.measure import rendering, runner
 from hasten.measure.compare import compare
@@ -18,6 +20,7 @@ from hasten.models import load
 from hasten.search.actual import Actual, against
 from hasten.search.fallback import Adviser, advice, load_or_park, rescued, rescuer
 from hasten.search.predict import Prediction
+from hasten.search.prediction.ladder import Ladder, Rung
 from tests.search.prediction.stand_ins import DEVICE, LADDER, Eighth, InTurn, Streamed, small
 
 WORKLOAD = Workload(prompts=("pizza",), steps=2)
@@ -50,6 +53,26 @@ def test_the_recipes_own_techniques_stay() -> None:
     found = adviser().after(Recipe((FORA(interval=2),)))
     assert found is not None
     assert {type(item) for item in found.recipe} == {FORA, InTurn}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded(Eighth):
+    """A quantizer."""
+
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+
+
+def test_the_recipes_own_quantizer_stays_until_a_rung_brings_another() -> None:
+    rungs = Ladder(LADDER.speed, (*LADDER.memory, Rung(Recipe((Rounded(),)), "bits")))
+    own, brought = adviser(), adviser()
+    own.rungs = brought.rungs = rungs
+    found = own.after(Recipe((Rounded(),)))
+    assert found is not None
+    assert {type(item) for item in found.recipe} == {Rounded, InTurn}
+    brought.after(Recipe())
+    following = brought.after(Recipe((Rounded(),)))
+    assert following is not None
+    assert {type(item) for item in following.recipe} == {InTurn}
 
 
 def test_rungs_are_taken_one_after_the_other_and_reported() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,7 @@ from hasten.core.target import Target
 from hasten.core.technique import Cost, Technique
 from hasten.core.workload import Workload
 from hasten.search.predict import Prediction, plan, predict, profile
+from hasten.search.prediction.devices import find_device, known_devices
 from hasten.search.prediction.ladder import Ladder, Rung, ladder
 from hasten.search.prediction.model import planned_model
 from tests.search.prediction.stand_ins import (
@@ -67,6 +69,13 @@ def test_streamed_weights_bound_the_step_and_casts_add_to_it() -> None:
     assert (predicted(Streamed()).peaks["transformer"]) < predicted(InTurn()).peaks["transformer"]
     both = predicted(Streamed(), Eighth())
     assert predicted(InTurn()).peaks["transformer"] - both.peaks["transformer"] == size - size // 20
+
+
+def test_of_fewer_bytes_of_weights_fewer_pass_through() -> None:
+    size, both = weights()["transformer"], predicted(Streamed(), Eighth())
+    moving = size / DEVICE.host_link
+    assert (predicted(Streamed()).step_seconds or 0) == pytest.approx(moving)
+    assert (both.step_seconds or 0) == pytest.approx(max(moving / 2, (predicted(Eighth()).step_seconds or 0)))
 
 
 def test_what_a_cache_leaves_out_is_not_moved() -> None:
@@ -159,8 +168,6 @@ def test_the_front_holds_no_row_that_another_beats() -> None:
 
 
 def test_what_driver_and_libraries_take_counts() -> None:
-    import dataclasses
-
     device = dataclasses.replace(DEVICE, reserve=2**20)
     made = plan(small(), device, limit(), LADDER)
     assert made.pick is not None
@@ -176,6 +183,33 @@ def test_the_ladder_that_ships_is_sound(tmp_path: Path) -> None:
     (tmp_path / "ladder.json").write_text('{"speed": [{"recipe": "plain"}], "memory": []}')
     with pytest.raises(HastenError, match="gives_up"):
         ladder(tmp_path / "ladder.json")
+
+
+def test_rungs_that_need_8_bit_floats_are_for_devices_that_have_them() -> None:
+    rung = Rung(Recipe((Eighth(),)), "bits", needs="float8")
+    rungs = Ladder((PLAIN, Rung(Recipe((Whole(),)), "minutes")), (PLAIN, rung))
+    for able in (False, True):
+        made = plan(small(), dataclasses.replace(DEVICE, float8=able), rungs=rungs)
+        assert any(Eighth() in p.recipe for p in made.predictions) == able
+    cards = {name: find_device(name).float8 for name in known_devices()}
+    assert {name for name, able in cards.items() if not able} == {"a100", "t4", "rtx3090", "rtx3060", "cpu"}
+
+
+def test_a_rung_needs_what_devices_can_have(tmp_path: Path) -> None:
+    text = '{"speed": [{"recipe": "plain", "gives_up": "", "needs": "flaot8"}], "memory": []}'
+    (tmp_path / "ladder.json").write_text(text)
+    with pytest.raises(HastenError, match="Did you mean float8"):
+        ladder(tmp_path / "ladder.json")
+
+
+def test_quantizers_are_on_the_ladder_and_take_less_the_fewer_bits() -> None:
+    found = plan(small(), dataclasses.replace(DEVICE, float8=True))
+    peaks = {str(p.recipe): p.peaks["transformer"] for p in found.predictions if p.memory is not None}
+    named = ("OneAtATime()", "Int8Linear() | OneAtATime()", "Int4Linear() | OneAtATime()")
+    assert peaks[named[0]] > peaks[named[1]] > peaks[named[2]]
+    assert peaks["Float8Linear() | OneAtATime()"] == pytest.approx(peaks[named[1]], rel=0.02)
+    assert peaks["Offload(kind='blocks') | ModulationTable()"] < peaks["Offload(kind='blocks')"]
+    assert all(p.lossy for p in found.predictions if "Linear()" in str(p.recipe))
 
 
 def test_the_ladder_names_techniques_that_exist() -> None:

@@ -15,7 +15,7 @@ from hasten.core.target import Target
 from hasten.core.workload import Workload
 from hasten.measure.quality import Fidelity
 from hasten.models import LoadedModel, load
-from hasten.quantize import GPTQ, SmoothQuant, WeightOnly
+from hasten.quantize import GGUF, GPTQ, SmoothQuant, WeightOnly
 from hasten.quantize.engine.linear_quantizer import Replaced
 from hasten.quantize.engine.statistics_file import StatisticsFile
 from hasten.search.quantization.calls import record_calls
@@ -48,6 +48,8 @@ def test_steps_are_spread_evenly() -> None:
 
 def test_statistics_are_of_the_chosen_steps_and_gone_on_from(model: LoadedModel) -> None:
     assert lacks_statistics([Recipe((GPTQ(),))], model.pipeline)
+    assert lacks_statistics([Recipe((GGUF(importance="auto"),))], model.pipeline)
+    assert not lacks_statistics([Recipe((GGUF(),))], model.pipeline)
     assert not lacks_statistics([Recipe((GPTQ(statistics="synthetic"), WeightOnly()))], model.pipeline)
     first = collect(model, WORK.replace(prompts=("pizza",)), steps=2)
     assert not lacks_statistics([Recipe((SmoothQuant(),))], model.pipeline)

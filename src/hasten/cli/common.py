@@ -72,7 +72,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
 def quiet() -> None:
     """Keep the libraries' own warnings and bars out of the output."""
     warnings.filterwarnings("ignore")
-    for name in ("diffusers", "transformers", "torch", "torchmetrics", "huggingface_hub"):
+    for name in ("diffusers", "transformers", "torch", "torchmetrics", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -22,7 +22,7 @@ from hasten.core.technique import Technique
 from hasten.core.workload import Workload
 from hasten.measure.budget import at_budget, parse_budget
 from hasten.measure.comparison import Comparison, Kind, Row, WorkloadRecord
-from hasten.measure.environment import environment
+from hasten.measure.environment import environment, precision
 from hasten.measure.folder import pictures_in, remove_pictures
 from hasten.measure.progress import Progress, Silent
 from hasten.measure.quality import Fidelity, mean_fidelity
@@ -276,7 +276,7 @@ def _comparison(job: _Job) -> Comparison:
     record = WorkloadRecord(
         model=job.title,
         denoiser=target.denoisers[0].spec.model_class,
-        dtype=str(target.dtype).removeprefix("torch."),
+        dtype=precision(target),
         device=str(target.device),
         width=size[0],
         height=size[1],

@@ -8,6 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from hasten.core.target import Target
+from hasten.formats.saving import is_quantized
+
 Fact = str | bool | int | float | None
 
 
@@ -22,6 +25,13 @@ def environment(device: torch.device) -> dict[str, Fact]:
         facts |= {"device": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
         facts["peak_memory"] = "peak resident memory of the process"
     return facts
+
+
+def precision(target: Target) -> str:
+    """The type that a model computes in, and whether its weights are quantized as it stands."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    quantized = any(is_quantized(denoiser.module) for denoiser in target.denoisers)
+    return f"{dtype} with quantized weights" if quantized else dtype
 
 
 def installed(package: str) -> str | None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 
+from hasten.core.patch import Patch
 from hasten.core.session import Session
+from hasten.core.target import Target
 from hasten.core.technique import Evidence, about
 from hasten.formats.gguf.gguf_format import MIXES
 from hasten.formats.gguf.quantizing import quantize
 from hasten.formats.gguf.types import type_of
 from hasten.kernels.modules import Quantized
 from hasten.quantize.engine.build import quantized_layer
+from hasten.quantize.engine.calibrated import Calibrated
 from hasten.quantize.engine.linear_quantizer import LinearQuantizer, Replaced
+from hasten.quantize.engine.preparation import Preparation
 from hasten.quantize.engine.sites import Site
+
+EVEN = "even"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,8 @@ class GGUF(LinearQuantizer):
     lose less than the older types of the same size. Where 256 does not divide a layer's inputs, blocks run on over
     rows; where it does not divide the weight, a type with blocks of 32 is taken (Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0
     for Q6_K, IQ4_NL for the others), which the evidence tells. Mixes (Q4_K_M) give more bits to attention's values and
-    to the second linears of feed-forward networks, by the names of layers. No data is needed.
+    to the second linears of feed-forward networks, by the names of layers. No data is needed; with statistics of the
+    layers' inputs (`importance`) errors are moved to columns whose inputs are small, at the same size.
     """
 
     paper: ClassVar[str] = "https://github.com/ggml-org/llama.cpp/pull/1684"
@@ -39,11 +48,34 @@ class GGUF(LinearQuantizer):
     ] = field(
         default="Q4_K", metadata=about("type of the weights, as in the names of GGUF files", trial="Q4_0")
     )  # fmt: skip
+    importance: str = field(
+        default=EVEN,
+        metadata=about(
+            "how much the columns of a weight matter. even: all alike; a file that `hasten calibrate MODEL --for "
+            "statistics` made: as the mean squares of their inputs; auto: the model's own file, found by its weights"
+        ),
+    )
+
+    def problems(self, target: Target) -> Iterable[str]:
+        """Needs statistics of this model's layers, where they are to be heeded."""
+        yield from super().problems(target)
+        if self.importance != EVEN:
+            yield from Calibrated(self.importance).problems(target, self.components)
+
+    def quantizer(self, target: Target, patch: Patch) -> Callable[[Site], nn.Module | None]:
+        """With importances of inputs, where they are to be heeded."""
+        if self.importance == EVEN:
+            return self.quantize
+        known = Calibrated(self.importance).known(target, self.takes(target))
+        return lambda site: self._quantized(site, Preparation.of(site).statistics(known.of(site)).power)
 
     def quantize(self, site: Site) -> Quantized:
-        """Quantize the weight to the type, or to the one that the mix has for the layer."""
+        """Quantize the weight to the type, or to the one that the mix has for the layer, with all columns alike."""
+        return self._quantized(site, None)
+
+    def _quantized(self, site: Site, importance: torch.Tensor | None) -> Quantized:
         kind = MIXES[self.type].kind(f"{site.path}.weight") if self.type in MIXES else self.type
-        return quantized_layer(site, quantize(site.weight, kind))
+        return quantized_layer(site, quantize(site.weight, kind, importance))
 
     def describe(self, module: nn.Module) -> str:
         """Names the type."""
@@ -54,7 +86,8 @@ class GGUF(LinearQuantizer):
         found = super().engaged(session)
         counts = Counter(_type_name(module) for _, module in session.state(self, Replaced).places)
         types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        return replace(found, summary=f"{found.summary}; types: {types}")
+        heeded = "" if self.importance == EVEN else "; columns weighed by their inputs"
+        return replace(found, summary=f"{found.summary}; types: {types}{heeded}")
 
 
 def _type_name(module: nn.Module) -> str:

@@ -14,7 +14,7 @@ from hasten.core.memory_limit import OutOfMemory
 from hasten.core.recipe import Recipe
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
-from hasten.core.technique import Stage
+from hasten.core.technique import Stage, Technique
 from hasten.core.workload import Workload
 from hasten.formats.loading import load
 from hasten.models import LoadedModel
@@ -71,7 +71,8 @@ class Adviser:
         return following.recipe
 
     def _candidates(self, recipe: Recipe) -> list[Rung]:
-        rungs = [one for saving in self.rungs.memory if saving.recipe.techniques for one in self._with(saving, recipe)]
+        savings = [saving for saving in self.rungs.memory if saving.recipe.techniques and saving.suits(self.device)]
+        rungs = [one for saving in savings for one in self._with(saving, recipe)]
         return [rung for rung in rungs if frozenset(rung.recipe) not in self._tried and self._suits(rung)]
 
     def _suits(self, rung: Rung) -> bool:
@@ -81,11 +82,16 @@ class Adviser:
         """The recipe with a rung's techniques; where they do not go together, the rung's alone."""
         # What an earlier rung brought makes way for this one.
         kinds = {type(item) for rung in self.rungs.memory for item in rung.recipe}
-        kept = Recipe(tuple(item for item in recipe if type(item) not in kinds))
+        kept = Recipe(tuple(item for item in recipe if type(item) not in kinds or self._stays(item, saving)))
         for one in (Rung(kept | saving.recipe, saving.gives_up), saving):
             if self.target is None or not resolve(one.recipe, self.target).refusals:
                 return [one]
         return []
+
+    def _stays(self, item: Technique, saving: Rung) -> bool:
+        """Is it the user's own way to keep weights, and brings the rung none?"""
+        own = bool(self._tried) and item in self._tried[0]
+        return own and item.stage == Stage.WEIGHTS and all(other.stage != Stage.WEIGHTS for other in saving.recipe)
 
 
 def _time(prediction: Prediction) -> float:

@@ -166,10 +166,16 @@ def _call(found: Profile, part: Part, traced: Trace, device: Device, costs: Sequ
     took = duration(traced, device, compiled, replayed=denoising and any(cost.replayed for cost in costs))
     casts = sum(cost.traffic.get(part.name, 0) for cost in costs) / device.bandwidth
     computing = max(took.device + casts, took.host) if device.overlaps else took.seconds + casts
-    moving = sum(cost.moved.get(part.name, 0) for cost in costs) / device.host_link
+    moving = _moved(part, costs) / device.host_link
     # What a cache leaves out is not moved either.
     factors = (cost.time_factor for cost in costs if cost.time_factor is not None)
     return max(computing, moving) * (_product(factors) if denoising else 1.0)
+
+
+def _moved(part: Part, costs: Sequence[Cost]) -> int:
+    """Bytes brought to the device in a call: of what others leave of the weights, the share that passes through."""
+    left = _least(part.name, part.weights, [cost for cost in costs if part.name not in cost.moved])
+    return sum(cost.moved.get(part.name, 0) for cost in costs) * left // max(part.weights, 1)
 
 
 def _product(factors: Iterable[float]) -> float:
@@ -230,6 +236,6 @@ def _rank(prediction: Prediction) -> tuple[int, bool, int]:
 
 def plan(found: Profile, device: Device, limit: int | None = None, rungs: Ladder | None = None) -> MemoryPlan:
     """Predict every rung of a ladder. `limit` is in bytes; the default is what the device has."""
-    steps: list[Rung] = (rungs or ladder()).rungs()
+    steps: list[Rung] = [rung for rung in (rungs or ladder()).rungs() if rung.suits(device)]
     predictions = tuple(predict(found, device, rung.recipe, rung.gives_up) for rung in steps)
     return MemoryPlan(found, device, device.memory if limit is None else limit, predictions)

@@ -21,6 +21,7 @@ from hasten.formats.gguf.rounding import (
 )
 from hasten.formats.gguf.superblocks import affine_blocks, symmetric_blocks, tabled_blocks, tabled_groups
 from hasten.formats.gguf.types import BY_NAME, IQ4
+from hasten.formats.gguf.weighted import weighted_around_zero, weighted_from_minimum
 from hasten.kernels.weight import QuantizedWeight
 
 Quantizer = Callable[[torch.Tensor, torch.Tensor], Blocks]
@@ -59,6 +60,16 @@ QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({
 })  # fmt: skip
 """All types that can be quantized to."""
 
+WEIGHTED: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Blocks], Blocks]] = MappingProxyType(
+    {
+        "Q5_1": partial(weighted_from_minimum, bits=5),
+        "Q5_0": partial(weighted_around_zero, bits=5),
+        "Q4_1": partial(weighted_from_minimum, bits=4),
+        "Q4_0": partial(weighted_around_zero, bits=4),
+    }
+)
+"""What makes more of the simple types where the importance of numbers is known; K-quants heed it anyway."""
+
 INSTEAD = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
@@ -96,7 +107,8 @@ def quantize(weight: torch.Tensor, kind: str, importance: torch.Tensor | None = 
         weight: whose numbers fill whole blocks (see `fitting`); on the meta device the result is as well.
         kind: name of the type; one that has smaller blocks is taken where its own do not fit.
         importance: [inputs] how much an error in each input's column matters, such as the mean square of the input;
-            the K-quants, IQ4_NL and IQ4_XS heed it. None minimizes the error of the weight itself.
+            all types with 2 to 6 bits that ggml has heed it (MXFP4, NVFP4, Q8_0 and the ternary ones do not). None
+            minimizes the error of the weight itself.
 
     Raises:
         HastenError: numbers that are not finite, too large for 16-bit scales, or of a shape without whole blocks.
@@ -127,6 +139,8 @@ def _part(kind: BlockType, values: torch.Tensor, importance: torch.Tensor | None
         places = torch.arange(start, start + values.numel(), device=values.device)
         weights = importance[places % len(importance)].reshape(values.shape)
     found = QUANTIZERS[kind.name](values, weights)
+    if importance is not None and kind.name in WEIGHTED:
+        found = WEIGHTED[kind.name](values, weights, found)
     scales = (found.scale, found.coarse, found.minimum, found.minimum_coarse)
     if not all(bool(item.isfinite().all()) for item in scales if item is not None and item.is_floating_point()):
         raise HastenError(f"numbers up to {values.abs().max().item():.3g} are too large for {kind.name}.")

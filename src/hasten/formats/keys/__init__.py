@@ -6,12 +6,12 @@ from collections.abc import Collection
 
 from hasten.core.errors import HastenError, UnknownName
 from hasten.formats.format import Reader
-from hasten.formats.keys import dit, flux, qwen_image, sd3, text_encoders, unet, vae, wan, z_image
+from hasten.formats.keys import dit, flux, qwen_image, sd3, text_encoders, unet, vae, wan, wan_vae, z_image
 from hasten.formats.keys.naming import Naming, Recognized, Renamed, from_diffusers, recognize, to_diffusers
 
 NAMINGS: tuple[Naming, ...] = tuple(
     naming
-    for family in (flux, sd3, wan, qwen_image, z_image, unet, dit, text_encoders, vae)
+    for family in (flux, sd3, wan, qwen_image, z_image, unet, dit, text_encoders, vae, wan_vae)
     for naming in family.NAMINGS
 )
 """All namings, the more particular first."""

@@ -119,6 +119,18 @@ class Pointwise(Join):
         return _shaped(parts[0], (*shape, 1, 1)) if len(shape) == 2 else parts[0]
 
 
+class Channels(Join):
+    """The whole is [1, channels, 1, 1], its one part [channels]."""
+
+    def split(self, whole: Entry, count: int) -> list[Entry]:
+        """Leave the dimensions of size 1 out."""
+        return [_shaped(whole, whole.weight.shape[1:2]) if len(whole.weight.shape) == 4 else whole]
+
+    def join(self, parts: Sequence[Entry]) -> Entry:
+        """Put them in."""
+        return _shaped(parts[0], (1, *parts[0].weight.shape, 1, 1))
+
+
 class Transposed(Join):
     """The same matrix with rows for columns."""
 

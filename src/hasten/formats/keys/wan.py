@@ -1,10 +1,11 @@
-"""Wan 2.1 and 2.2: names of the original repository."""
+"""Wan 2.1 and 2.2, VACE and Animate among them: names of the original repository."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
 from hasten.formats.keys.naming import Naming, Rule, renamed
+from hasten.formats.keys.wan_animate import IGNORED, animate
 
 _EMBEDDERS = {
     "time_embedding.0": "time_embedder.linear_1",
@@ -34,14 +35,23 @@ def _all() -> Iterator[Rule]:
         yield renamed(f"{theirs}.*", f"condition_embedder.{ours}.*")
     yield renamed("head.modulation", "scale_shift_table")
     yield renamed("head.head.*", "proj_out.*")
-    yield renamed("blocks.#.modulation", "blocks.#.scale_shift_table")
+    yield from _block("blocks.#")
+    yield renamed("vace_patch_embedding.*", "vace_patch_embedding.*")
+    yield from _block("vace_blocks.#")
+    yield renamed("vace_blocks.#.before_proj.*", "vace_blocks.#.proj_in.*")
+    yield renamed("vace_blocks.#.after_proj.*", "vace_blocks.#.proj_out.*")
+    yield from animate()
+
+
+def _block(place: str) -> Iterator[Rule]:
+    yield renamed(f"{place}.modulation", f"{place}.scale_shift_table")
     # The norm before cross-attention, the only one with weights, is third there and second here.
-    yield renamed("blocks.#.norm3.*", "blocks.#.norm2.*")
-    yield renamed("blocks.#.ffn.0.*", "blocks.#.ffn.net.0.proj.*")
-    yield renamed("blocks.#.ffn.2.*", "blocks.#.ffn.net.2.*")
+    yield renamed(f"{place}.norm3.*", f"{place}.norm2.*")
+    yield renamed(f"{place}.ffn.0.*", f"{place}.ffn.net.0.proj.*")
+    yield renamed(f"{place}.ffn.2.*", f"{place}.ffn.net.2.*")
     for side, attention in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         for theirs, ours in _ATTENTION.items():
-            yield renamed(f"blocks.#.{side}.{theirs}.*", f"blocks.#.{attention}.{ours}.*")
+            yield renamed(f"{place}.{side}.{theirs}.*", f"{place}.{attention}.{ours}.*")
 
 
 NAMINGS = (
@@ -50,6 +60,7 @@ NAMINGS = (
         scheme="original",
         marks=("head.modulation", "blocks.0.self_attn.q.weight"),
         rules=_rules,
+        ignored=IGNORED,
     ),
     Naming(
         architecture="wan",

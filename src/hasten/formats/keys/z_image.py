@@ -1,4 +1,8 @@
-"""Z-Image: names of the original files."""
+"""Z-Image: names of the original files, and of nunchaku's.
+
+nunchaku has a gated feed-forward layer of diffusers' kind, whose first layer gives the values and then the gates.
+Source: the names and shapes of https://github.com/nunchaku-ai/nunchaku, models/transformers/transformer_zimage.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,22 @@ def _rules(names: Collection[str]) -> Sequence[Rule]:
     )
 
 
+def _nunchaku(names: Collection[str]) -> Sequence[Rule]:
+    return (
+        fused("*.attention.to_qkv.*", *(f"*.attention.to_{part}.*" for part in "qkv")),
+        fused("*.feed_forward.net.0.proj.*", "*.feed_forward.w3.*", "*.feed_forward.w1.*"),
+        renamed("*.feed_forward.net.2.*", "*.feed_forward.w2.*"),
+        renamed("*", "*"),
+    )
+
+
 NAMINGS = (
+    Naming(
+        architecture="z_image",
+        scheme="nunchaku",
+        marks=("layers.0.attention.to_qkv.weight", "layers.0.feed_forward.net.0.proj.weight"),
+        rules=_nunchaku,
+    ),
     Naming(
         architecture="z_image",
         scheme="original",

@@ -9,6 +9,8 @@ from hasten.measure.comparison import Row
 from hasten.measure.report import formatting as fmt
 
 _CALL = re.compile(r"(\w+)\(([^()|]*)\)")
+_CLEAR = {"bits", "full_steps", "interval", "kind", "mask", "name", "plan", "speedup", "storage", "threshold", "type"}
+"""Parameters whose value says enough when it is the only one: `SVDQuant 4` would be taken for bits, if it were not."""
 
 
 def readable(name: str) -> str:
@@ -47,7 +49,7 @@ def _words(name: str) -> list[str]:
 
 def _word(technique: str, arguments: str) -> str:
     pairs = [argument.partition("=") for argument in arguments.split(",") if argument.strip()]
-    if len(pairs) == 1 and pairs[0][1]:
+    if len(pairs) == 1 and pairs[0][1] and pairs[0][0].strip() in _CLEAR:
         return f"{technique} {_bare(pairs[0][2])}"
     settings = ", ".join(f"{key.strip()} {_bare(value)}" if equals else key.strip() for key, equals, value in pairs)
     return f"{technique} {settings}".strip()

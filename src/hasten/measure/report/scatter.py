@@ -20,6 +20,7 @@ from hasten.measure.report.verdict import has_run, noise_floor
 RADIUS = 6.0
 FONT = 12.5
 LINE = 16.0
+_FAR = 15.0
 _BAND = 44.0
 _LEFT, _RIGHT = 54.0, 30.0  # room for the label of a point at either end
 _LONGEST = 28
@@ -154,8 +155,8 @@ def _scales(comparison: Comparison, rows: list[Row], plot: Box) -> tuple[_Scale,
     low = min(speeds) - _LEFT / per_unit
     across = _Scale(low, low + plot.width / per_unit, plot.x, plot.x + plot.width)
     floor = noise_floor(comparison)
-    levels = [_decibels(row) for row in rows] + ([floor.decibels] if floor else [])
-    finite = [level for level in levels if math.isfinite(level)] or [20.0, 50.0]
+    finite = [level for level in map(_decibels, rows) if math.isfinite(level)] or [20.0, 50.0]
+    finite += [min(floor.decibels, max(finite) + _FAR)] if floor else []  # a floor far above leaves rows their room
     low, high = 5 * math.floor((min(finite) - 2) / 5), 5 * math.ceil((max(finite) + 1) / 5)
     return across, _Scale(low, high, plot.y + plot.height, plot.y + _BAND)
 
@@ -169,7 +170,8 @@ def _floor(comparison: Comparison, up: _Scale) -> Tick | None:
     floor = noise_floor(comparison)
     if floor is None or floor.psnr is None:
         return None
-    return Tick(up(floor.psnr), f"noise floor {fmt.psnr(floor)} dB")
+    beyond = " (off the scale)" if floor.psnr > up.high else ""
+    return Tick(up(min(floor.psnr, up.high)), f"noise floor {fmt.psnr(floor)} dB{beyond}")
 
 
 def _decibel_ticks(up: _Scale) -> list[Tick]:

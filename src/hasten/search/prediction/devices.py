@@ -54,6 +54,8 @@ class Device:
     """Bytes that PyTorch allocates for the products' workspace."""
     overlaps: bool = True
     """Does the host run ahead of the device? Not on a CPU, where both are one."""
+    float8: bool = False
+    """Does it multiply 8-bit floats (compute capability 8.9 and later)?"""
     basis: str = "data sheet"
     source: str = ""
 
@@ -114,6 +116,7 @@ def _from_entry(name: str, entry: dict[str, Any], table: dict[str, Any]) -> Devi
             reserve=int(facts["reserve_mib"]) * 2**20,
             workspace=int(facts["workspace_mib"]) * 2**20,
             overlaps=facts["overlaps"],
+            float8=facts["float8"],
             basis=facts["basis"],
             source=facts["source"],
             **{f"{what}_seconds": facts[f"{what}_us"] * 1e-6 for what in _HOST},

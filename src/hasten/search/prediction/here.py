@@ -49,6 +49,7 @@ def measure_device(device: torch.device, budget: float = BUDGET) -> Device:
         reserve=600 * 2**20 if gpu else 0,
         workspace=32 * 2**20 if gpu else 0,
         overlaps=gpu,
+        float8=gpu and torch.cuda.get_device_capability(device) >= (8, 9),
         basis="measured here",
     )
     found = _with_host(found, bench)

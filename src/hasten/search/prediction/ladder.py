@@ -8,10 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from hasten.core.errors import HastenError, UnknownName
+from hasten.core.errors import HastenError, UnknownName, nearest
 from hasten.core.expression import load_recipe
 from hasten.core.files import read_json
 from hasten.core.recipe import Recipe
+from hasten.search.prediction.devices import Device
+
+NEEDS = ("", "float8")
+"""What a rung may need of a device."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,17 @@ class Rung:
 
     recipe: Recipe
     gives_up: str = ""
+    needs: str = ""
+    """"float8": only for devices that multiply 8-bit floats."""
 
     def __or__(self, other: Rung) -> Rung:
         """Both together."""
-        return Rung(self.recipe | other.recipe, "; ".join(filter(None, (self.gives_up, other.gives_up))))
+        told = "; ".join(filter(None, (self.gives_up, other.gives_up)))
+        return Rung(self.recipe | other.recipe, told, self.needs or other.needs)
+
+    def suits(self, device: Device) -> bool:
+        """Does the device have what the recipe needs?"""
+        return device.float8 or self.needs != "float8"
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ def ladder(file: Path | None = None) -> Ladder:
 
 def _rungs(entries: Sequence[dict[str, Any]]) -> Iterable[Rung]:
     for entry in entries:
+        if (needs := entry.get("needs", "")) not in NEEDS:
+            raise HastenError(f"A rung of a ladder cannot need {needs!r}. {nearest(str(needs), NEEDS[1:])}")
         try:
-            yield Rung(load_recipe(entry["recipe"]), entry["gives_up"])
+            yield Rung(load_recipe(entry["recipe"]), entry["gives_up"], needs)
         except UnknownName:
             continue

@@ -150,6 +150,9 @@ def _begun(file: Path, about: dict[str, Any]) -> tuple[int, StatisticsFile | Non
 
 def lacks_statistics(recipes: Iterable[Recipe], pipeline: Any) -> bool:
     """Does a technique look for statistics of this model that nobody has gathered yet?"""
-    if not any(getattr(item, "statistics", None) == AUTO for recipe in recipes for item in recipe):
+    wanted = (
+        getattr(item, name, None) for recipe in recipes for item in recipe for name in ("statistics", "importance")
+    )
+    if AUTO not in wanted:
         return False
     return not usual_file(weights_hash(Target.of(pipeline).denoisers[0].module)).is_file()
