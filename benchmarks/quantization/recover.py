@@ -1,6 +1,6 @@
 """How much of what 4 bits lose does training win back, in a few minutes?
 
-    python benchmarks/quantization/recover.py [MODEL...] [--methods lora qat] [--steps 400]
+    python benchmarks/quantization/recover.py [MODEL...] [--methods lora qat] [--steps 600]
 
 For each model: fidelity to the plain model (28 steps, same prompts and seeds) of 8-bit, of plain 4-bit and of trained
 4-bit weights, on prompts and seeds that training has not seen. "Lost" is the mean squared error of the pictures, and
@@ -112,14 +112,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["emoji-flux", "emoji-dit"])
     parser.add_argument("--methods", nargs="+", default=["lora", "qat"])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--pictures", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--trajectory", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=None)
     parser.add_argument("--folder", type=Path, default=HERE / "results", help="where trained files go")
     parser.add_argument("--json", type=Path, default=HERE / "results", help="where raw numbers go")
     given = parser.parse_args()
-    how = Training(steps=given.steps, pictures=given.pictures, rank=given.rank, rate=given.rate)
+    how = Training(
+        steps=given.steps, pictures=given.pictures, trajectory=given.trajectory, rank=given.rank, rate=given.rate
+    )
     for one in given.models:
         found = recover(one, given.methods, how, given.folder)
         atomic_write_text(given.json / f"recover-{one}.json", json_text(found))

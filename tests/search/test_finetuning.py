@@ -19,7 +19,7 @@ from hasten.search.finetune.recover import Training
 from hasten.search.finetune.trajectories import record
 
 WORK = Workload(prompts=("rocket", "pizza"), steps=2)
-SHORT = Training(steps=16, pictures=2, batch=2, rank=4)
+SHORT = Training(steps=16, pictures=2, batch=2, rank=4, trajectory=2)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_what_cannot_be_trained_is_refused(pipeline: Any, tmp_path: Path) -> Non
 
 
 def test_a_loss_that_runs_away_is_an_error(pipeline: Any, tmp_path: Path) -> None:
-    training = Training(steps=24, pictures=1, batch=1, rate=1e30)
+    training = Training(steps=24, pictures=1, batch=1, rate=1e30, trajectory=2)
     with pytest.raises(HastenError, match="smaller learning rate"):
         finetune(pipeline, "Int8Linear()", tmp_path / "x.safetensors", workload=WORK, training=training)
     assert not list(tmp_path.iterdir())
@@ -103,8 +103,8 @@ def test_ctrl_c_keeps_what_has_been_learnt(pipeline: Any, tmp_path: Path, monkey
 
 def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "tuned.safetensors"
-    arguments = ["finetune", "emoji-dit", "-r", "WeightOnly(bits=3)", "-o", str(file), "--steps", "2", "--train", "3",
-                 "--pictures", "1", "--device", "cpu"]  # fmt: skip
+    arguments = ["finetune", "emoji-dit", "-r", "WeightOnly(bits=3)", "-o", str(file), "--trajectory", "2",
+                 "--train", "3", "--pictures", "1", "--device", "cpu"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert file.is_file()

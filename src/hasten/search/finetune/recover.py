@@ -20,8 +20,7 @@ from hasten.core.files import ensure_writable
 from hasten.core.patch import Patch
 from hasten.core.recipe import Recipe, as_recipe
 from hasten.core.session import Session, accelerate
-from hasten.core.spec import DenoiserSpec
-from hasten.core.target import Denoiser, Target
+from hasten.core.target import Target
 from hasten.core.technique import Stage, Technique
 from hasten.core.workload import Workload
 from hasten.measure.progress import Progress, Silent
@@ -48,8 +47,10 @@ class Training:
     steps: int = 600
     minutes: float | None = None
     """Ends training earlier; the learning rate falls to 0 by then."""
-    pictures: int = 32
-    """Pictures of the plain model whose steps are learnt from."""
+    pictures: int = 256
+    """Pictures of the plain model whose steps are learnt from. Few make the model good at these alone."""
+    trajectory: int = 8
+    """Denoising steps of these pictures, about: many short ones teach more than a few long ones of the same cost."""
     batch: int = 4
     """Pictures in one step of training."""
     rank: int = 16
@@ -69,7 +70,7 @@ class FineTuned:
     file: Path
     recipe: Recipe
     losses: list[float] = field(default_factory=list[float])
-    """Mean squared difference to the teacher's (guided) output at each step, relative to its mean square."""
+    """Mean squared difference to the teacher's output at each step, relative to the mean square of that output."""
     seconds: float = 0.0
     trained: int = 0
     """Numbers that were trained."""
@@ -128,7 +129,7 @@ def finetune(
     ensure_writable(path.parent)
     told.start(1, how.pictures + how.steps)
     told.row("the plain model draws")
-    examples = record(pipeline, work, how.pictures, how.batch, told)
+    examples = record(pipeline, work, how.pictures, how.batch, told, trajectory=how.trajectory)
     names = {name: list(part.state_dict()) for name, part in Target.of(pipeline).modules.items()}
     result = FineTuned(method, path, whole)
     with accelerate(pipeline, early) as session, _changes() as patch:
@@ -137,8 +138,7 @@ def finetune(
             TrainedAdapters(layers, how.rank, patch) if method == "lora" else TrainedWeights(layers, names, patch)
         )
         told.row("training")
-        rate = how.rate or RATES[method]
-        _train(session.target, trainable, examples, work.guidance, how, rate, result, told)
+        _train(session.target, trainable, examples, how, how.rate or RATES[method], result, told)
         trainable.save(path)
     if method == "lora":
         result.recipe = whole | LoRA(adapters=(str(path),))
@@ -185,7 +185,6 @@ def _train(
     target: Target,
     trainable: Trainable,
     examples: list[Example],
-    guidance: float | None,
     how: Training,
     rate: float,
     result: FineTuned,
@@ -193,7 +192,7 @@ def _train(
 ) -> None:
     networks = [denoiser.module for denoiser in target.denoisers]
     parameters, began = trainable.parameters(), time.perf_counter()
-    draws = torch.randint(len(examples), (how.steps,), generator=torch.Generator().manual_seed(how.seed)).tolist()
+    draws = _order(len(examples), how)
     result.trained = sum(parameter.numel() for parameter in parameters)
     steps = optimizer(how.optimizer, parameters, target.device)
     try:
@@ -204,7 +203,7 @@ def _train(
                     break
                 example = examples[draws[step]].on(target.device)
                 trainable.before_step()
-                loss = _loss(target.denoisers[example.denoiser], example, guidance)
+                loss = _loss(networks[example.denoiser], example)
                 _step(steps, loss, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2)
                 result.losses.append(float(loss.detach()))
                 progress.advance()
@@ -215,24 +214,20 @@ def _train(
     result.seconds = time.perf_counter() - began
 
 
+def _order(examples: int, how: Training) -> list[int]:
+    """Which example each step learns from: all of them in a new order, again and again."""
+    generator, rounds = torch.Generator().manual_seed(how.seed), -(-how.steps // examples)
+    return torch.cat([torch.randperm(examples, generator=generator) for _ in range(rounds)]).tolist()
+
+
 def _done(step: int, how: Training, seconds: float) -> float:
     """The share of training that is over, by steps or by time."""
     return max(step / how.steps, seconds / (60 * how.minutes) if how.minutes else 0.0)
 
 
-def _loss(denoiser: Denoiser, example: Example, guidance: float | None) -> torch.Tensor:
-    output = batch_of(denoiser.module(*example.args, **example.kwargs)).float()
-    output, wanted = (_guided(one, denoiser.spec, guidance) for one in (output, example.output.float()))
+def _loss(network: torch.nn.Module, example: Example) -> torch.Tensor:
+    output, wanted = batch_of(network(*example.args, **example.kwargs)).float(), example.output.float()
     return (output - wanted).square().mean() / wanted.square().mean()
-
-
-def _guided(output: torch.Tensor, spec: DenoiserSpec, guidance: float | None) -> torch.Tensor:
-    """What a step is made with: where guidance is done in one batch, the sum of its halves, in which errors grow."""
-    if spec.guidance != "batched" or guidance is None or guidance <= 1 or len(output) % 2:
-        return output
-    one, other = output.chunk(2)
-    with_text, without = (one, other) if spec.conditional == "first" else (other, one)
-    return without + guidance * (with_text - without)
 
 
 def _step(steps: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> None:
