@@ -113,16 +113,13 @@ if __name__ == "__main__":
     parser.add_argument("models", nargs="*", default=["emoji-flux", "emoji-dit"])
     parser.add_argument("--methods", nargs="+", default=["lora", "qat"])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--pictures", type=int, default=256)
-    parser.add_argument("--trajectory", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=None)
     parser.add_argument("--folder", type=Path, default=HERE / "results", help="where trained files go")
     parser.add_argument("--json", type=Path, default=HERE / "results", help="where raw numbers go")
     given = parser.parse_args()
-    how = Training(
-        steps=given.steps, pictures=given.pictures, trajectory=given.trajectory, rank=given.rank, rate=given.rate
-    )
+    how = Training(steps=given.steps, pictures=given.pictures, rank=given.rank, rate=given.rate)
     for one in given.models:
         found = recover(one, given.methods, how, given.folder)
         atomic_write_text(given.json / f"recover-{one}.json", json_text(found))

@@ -19,7 +19,7 @@ from hasten.search.finetune.recover import Training
 from hasten.search.finetune.trajectories import record
 
 WORK = Workload(prompts=("rocket", "pizza"), steps=2)
-SHORT = Training(steps=16, pictures=2, batch=2, rank=4, trajectory=2)
+SHORT = Training(steps=16, pictures=2, batch=2, rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_what_cannot_be_trained_is_refused(pipeline: Any, tmp_path: Path) -> Non
 
 
 def test_a_loss_that_runs_away_is_an_error(pipeline: Any, tmp_path: Path) -> None:
-    training = Training(steps=24, pictures=1, batch=1, rate=1e30, trajectory=2)
+    training = Training(steps=24, pictures=1, batch=1, rate=1e30)
     with pytest.raises(HastenError, match="smaller learning rate"):
         finetune(pipeline, "Int8Linear()", tmp_path / "x.safetensors", workload=WORK, training=training)
     assert not list(tmp_path.iterdir())
@@ -86,16 +86,16 @@ def test_a_loss_that_runs_away_is_an_error(pipeline: Any, tmp_path: Path) -> Non
 
 
 def test_ctrl_c_keeps_what_has_been_learnt(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.search.finetune import recover
+    from hasten.search.finetune.teacher import Teacher
 
-    count, real = iter(range(9)), recover._loss  # pyright: ignore[reportPrivateUsage]
+    count, real = iter(range(9)), Teacher.losses
 
-    def interrupted(*args: Any) -> torch.Tensor:
+    def interrupted(*args: Any) -> Any:
         if next(count) == 3:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(recover, "_loss", interrupted)
+    monkeypatch.setattr(Teacher, "losses", interrupted)
     made = finetune(pipeline, "WeightOnly()", tmp_path / "x.safetensors", workload=WORK, training=SHORT)
     assert len(made.losses) == 3
     assert made.file.is_file()
@@ -103,7 +103,7 @@ def test_ctrl_c_keeps_what_has_been_learnt(pipeline: Any, tmp_path: Path, monkey
 
 def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "tuned.safetensors"
-    arguments = ["finetune", "emoji-dit", "-r", "WeightOnly(bits=3)", "-o", str(file), "--trajectory", "2",
+    arguments = ["finetune", "emoji-dit", "-r", "WeightOnly(bits=3)", "-o", str(file), "--steps", "2",
                  "--train", "3", "--pictures", "1", "--device", "cpu"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

@@ -13,6 +13,7 @@ from hasten.cli.common import (
     GuidanceOption,
     ModelArgument,
     SizeOption,
+    StepsOption,
     adjusted,
     out,
     quiet,
@@ -32,12 +33,12 @@ def finetune(
     method: Annotated[str, typer.Option(help="lora (adapters) or qat (the weights, through the rounding).")] = "lora",
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time for training; ends it early.")] = None,
     train: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 600,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures of the plain model that are learnt from.")] = 256,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of the plain model that are learnt from.")] = 64,
     rank: Annotated[int, typer.Option(min=1, help="Rank of adapters.")] = 16,
     rate: Annotated[float | None, typer.Option(help="Learning rate; default: what suits the method.")] = None,
     optimizer: Annotated[str, typer.Option(help="auto, adamw or adamw8bit (bitsandbytes).")] = "auto",
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt a line.")] = None,
-    trajectory: Annotated[int, typer.Option(min=1, help="Denoising steps of these pictures, about.")] = 8,
+    steps: StepsOption = None,
     size: SizeOption = None,
     guidance: GuidanceOption = None,
     device: DeviceOption = None,
@@ -54,10 +55,9 @@ def finetune(
     quiet()
     loaded = load(model, device=device, dtype=dtype)
     chosen = read_prompts(prompts) if prompts else loaded.workload.prompts
-    workload = adjusted(loaded.workload, prompts=chosen, size=size, guidance=guidance)
+    workload = adjusted(loaded.workload, prompts=chosen, steps=steps, size=size, guidance=guidance)
     training = Training(
-        steps=train, minutes=minutes, pictures=pictures, rank=rank, rate=rate, optimizer=optimizer,
-        trajectory=trajectory,
+        steps=train, minutes=minutes, pictures=pictures, rank=rank, rate=rate, optimizer=optimizer
     )  # fmt: skip
     with OnTerminal(out) as progress:
         made = train_model(

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,8 @@ from hasten.quantize.engine.linear_quantizer import LinearQuantizer, Replaced
 from hasten.quantize.lora import LoRA
 from hasten.quantize.training.trainable import Quantizations, Trainable, TrainedAdapters, TrainedWeights
 from hasten.search.finetune.optimizer import OPTIMIZERS, optimizer
-from hasten.search.finetune.trajectories import Example, batch_of, parameters_of, record
+from hasten.search.finetune.teacher import Teacher
+from hasten.search.finetune.trajectories import Example, parameters_of, record
 
 Method = Literal["lora", "qat"]
 RATES = {"lora": 2e-3, "qat": 1e-4}
@@ -47,10 +48,8 @@ class Training:
     steps: int = 600
     minutes: float | None = None
     """Ends training earlier; the learning rate falls to 0 by then."""
-    pictures: int = 256
+    pictures: int = 64
     """Pictures of the plain model whose steps are learnt from. Few make the model good at these alone."""
-    trajectory: int = 8
-    """Denoising steps of these pictures, about: many short ones teach more than a few long ones of the same cost."""
     batch: int = 4
     """Pictures in one step of training."""
     rank: int = 16
@@ -120,7 +119,7 @@ def finetune(
         raise UnknownName("method of fine-tuning", method, RATES)
     whole, how, told = as_recipe(recipe), training or Training(), progress or Silent()
     work = workload or Workload(prompts=GENERAL_PROMPTS)
-    early = Recipe(tuple(item for item in whole if item.stage <= Stage.WEIGHTS))
+    early = Recipe(tuple(_with_originals(item) for item in whole if item.stage <= Stage.WEIGHTS))
     if not any(isinstance(item, LinearQuantizer) for item in early):
         raise Refused([f"{whole} quantizes nothing, so that there is nothing to win back."])
     if how.optimizer not in OPTIMIZERS:
@@ -129,7 +128,7 @@ def finetune(
     ensure_writable(path.parent)
     told.start(1, how.pictures + how.steps)
     told.row("the plain model draws")
-    examples = record(pipeline, work, how.pictures, how.batch, told, trajectory=how.trajectory)
+    examples = record(pipeline, work, how.pictures, how.batch, told)
     names = {name: list(part.state_dict()) for name, part in Target.of(pipeline).modules.items()}
     result = FineTuned(method, path, whole)
     with accelerate(pipeline, early) as session, _changes() as patch:
@@ -138,7 +137,8 @@ def finetune(
             TrainedAdapters(layers, how.rank, patch) if method == "lora" else TrainedWeights(layers, names, patch)
         )
         told.row("training")
-        _train(session.target, trainable, examples, how, how.rate or RATES[method], result, told)
+        teacher = Teacher(session.target, [site for _, site, _ in layers])
+        _train(teacher, trainable, examples, how, how.rate or RATES[method], result, told)
         trainable.save(path)
     if method == "lora":
         result.recipe = whole | LoRA(adapters=(str(path),))
@@ -181,8 +181,13 @@ def _changes() -> Generator[Patch]:
         patch.close()
 
 
+def _with_originals(technique: Technique) -> Technique:
+    """The teacher needs the original weights at hand."""
+    return replace(technique, originals="keep") if isinstance(technique, LinearQuantizer) else technique
+
+
 def _train(
-    target: Target,
+    teacher: Teacher,
     trainable: Trainable,
     examples: list[Example],
     how: Training,
@@ -190,22 +195,23 @@ def _train(
     result: FineTuned,
     progress: Progress,
 ) -> None:
-    networks = [denoiser.module for denoiser in target.denoisers]
+    networks, device = [denoiser.module for denoiser in teacher.target.denoisers], teacher.target.device
     parameters, began = trainable.parameters(), time.perf_counter()
     draws = _order(len(examples), how)
     result.trained = sum(parameter.numel() for parameter in parameters)
-    steps = optimizer(how.optimizer, parameters, target.device)
+    steps = optimizer(how.optimizer, parameters, device)
     try:
         with _frozen(networks, parameters), torch.enable_grad():
             for step in range(how.steps):
                 done = _done(step, how, time.perf_counter() - began)
                 if done >= 1:
                     break
-                example = examples[draws[step]].on(target.device)
                 trainable.before_step()
-                loss = _loss(networks[example.denoiser], example)
-                _step(steps, loss, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2)
-                result.losses.append(float(loss.detach()))
+                output, inside = teacher.losses(examples[draws[step]].on(device))
+                _step(
+                    steps, output + inside, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
+                )
+                result.losses.append(float(output.detach()))
                 progress.advance()
     except KeyboardInterrupt:
         if not result.losses:
@@ -223,11 +229,6 @@ def _order(examples: int, how: Training) -> list[int]:
 def _done(step: int, how: Training, seconds: float) -> float:
     """The share of training that is over, by steps or by time."""
     return max(step / how.steps, seconds / (60 * how.minutes) if how.minutes else 0.0)
-
-
-def _loss(network: torch.nn.Module, example: Example) -> torch.Tensor:
-    output, wanted = batch_of(network(*example.args, **example.kwargs)).float(), example.output.float()
-    return (output - wanted).square().mean() / wanted.square().mean()
 
 
 def _step(steps: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> None:

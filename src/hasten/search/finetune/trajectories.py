@@ -16,8 +16,6 @@ from hasten.core.workload import Workload
 from hasten.measure.progress import Progress
 from hasten.measure.rendering import arguments
 
-VARIATION = (0, 2, -2, 1, -1)
-"""By how many steps the lengths of short trajectories differ."""
 FIRST_SEED = 5000
 """Seeds of training pictures begin here, apart from those of comparisons and of calibration."""
 
@@ -66,18 +64,12 @@ def record(
     batch: int,
     progress: Progress,
     *,
-    trajectory: int | None = None,
     first_seed: int = FIRST_SEED,
 ) -> list[Example]:
-    """Make pictures, so many at a time, with the prompts in turn, and return every call of the denoisers.
-
-    With `trajectory` they are made in about so many steps, a few more or less in turn, so that many noise levels occur.
-    """
+    """Make pictures, so many at a time, with the prompts in turn, and return every call of the denoisers."""
     examples: list[Example] = []
-    for turn, start in enumerate(range(0, pictures, batch)):
+    for start in range(0, pictures, batch):
         numbers = range(start, min(start + batch, pictures))
-        if trajectory is not None:
-            workload = workload.replace(steps=max(1, trajectory + VARIATION[turn % len(VARIATION)]))
         with recorded(Target.of(pipeline), examples), torch.no_grad():
             pipeline(**_arguments(pipeline, workload, numbers, first_seed))
         for _ in numbers:
