@@ -21,6 +21,12 @@ os.environ["HASTEN_CACHE_DIR"] = _CACHE.name
 
 
 @pytest.fixture(autouse=True)
+def _numbers_are_drawn_alike() -> None:  # pyright: ignore[reportUnusedFunction]
+    """A test that draws random numbers without a seed of its own meets the same ones each time."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _diffusers_attention_stays_as_it_was() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     """Diffusers' `reset_attention_backend` leaves the last choice active for the whole process."""
     name = "diffusers.models.attention_dispatch"

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from hasten.core.technique import Stage as Stage
     from hasten.core.technique import Technique as Technique
     from hasten.core.workload import Workload as Workload
+    from hasten.formats.loading import load as load
+    from hasten.formats.saving import save as save
     from hasten.measure.compare import compare as compare
     from hasten.measure.comparison import Comparison as Comparison
-    from hasten.models import load as load
     from hasten.quantize import *  # noqa: F403
     from hasten.quantize.lora import adapters as adapters
     from hasten.search.finetune import finetune as finetune
@@ -48,9 +49,10 @@ _HOMES = {
     "core.target": ("Target",),
     "core.technique": ("Cost", "Evidence", "Stage", "Technique"),
     "core.workload": ("Workload",),
+    "formats.loading": ("load",),
+    "formats.saving": ("save",),
     "measure.compare": ("compare",),
     "measure.comparison": ("Comparison",),
-    "models": ("load",),
     "quantize.lora": ("adapters",),
     "search.finetune": ("finetune",),
 }

@@ -25,7 +25,7 @@ from tests.contract.rigs import ARCHITECTURES, TECHNIQUES, Rig, fingerprint, mak
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "src" / "hasten" / "data" / "composition.json"
-APPLIES = "applies"
+APPLIES, FAILED = "applies", "failed:"
 TRIPLES_ON = ("flux", "stable_diffusion")
 """Architectures on which combinations of three are run as well."""
 PARTS = 4
@@ -100,7 +100,15 @@ def outcomes_of(architecture: str, part: int) -> dict[str, str]:
     """The outcome of every `PARTS`-th combination on an architecture."""
     torch.set_num_threads(1)
     some = itertools.islice(combinations(architecture), part, None, PARTS)
-    return {" + ".join(names): outcome(names, architecture) for names in some}
+    return {" + ".join(names): outcome_or_failure(names, architecture) for names in some}
+
+
+def outcome_or_failure(names: tuple[str, ...], architecture: str) -> str:
+    """The outcome, or what was raised where nothing should be."""
+    try:
+        return outcome(names, architecture)
+    except Exception as error:  # noqa: BLE001 - all failures are told together at the end
+        return f"{FAILED} {type(error).__name__}: {error}"
 
 
 def make_table() -> dict[str, Any]:
@@ -110,6 +118,8 @@ def make_table() -> dict[str, Any]:
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for (architecture, _), found in zip(jobs, pool.map(outcomes_of, *zip(*jobs, strict=True)), strict=True):
             outcomes[architecture] |= found
+    failures = [(a, n, text) for a, found in outcomes.items() for n, text in found.items() if text.startswith(FAILED)]
+    assert not failures, "\n".join(f"{a}: {names} {text[:300]}" for a, names, text in failures)
     for architecture, found in outcomes.items():
         outcomes[architecture] = {" + ".join(names): found[" + ".join(names)] for names in combinations(architecture)}
     return {"sources": source_hash(), "techniques": list(TECHNIQUES), "outcomes": outcomes}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -152,14 +151,19 @@ def fingerprint(rig: Rig) -> list[tuple[Any, ...]]:
     return found
 
 
+def covering(name: str) -> tuple[str, ...]:
+    """The architectures that a technique is tried on in every run of the tests: a U-Net, a DiT and one in turn.
+
+    `make table` tries all of them.
+    """
+    always = ("stable_diffusion", "dit")
+    others = [architecture for architecture in ARCHITECTURES if architecture not in always]
+    return (*always, others[TECHNIQUES.index(name) % len(others)])
+
+
 def scheduler_state(rig: Rig) -> set[str]:
     """Attribute names of the scheduler; using it adds some, hasten must not."""
     return set(rig.scheduler.__dict__)
-
-
-def pairs() -> Iterator[tuple[str, str]]:
-    """Every unordered pair of different techniques."""
-    return itertools.combinations(TECHNIQUES, 2)
 
 
 def original_class(obj: object) -> type:

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 
-from hasten.core.noise import NoiseLevel, Prediction, from_velocity
+from hasten.core.noise import NoiseLevel, Prediction, convert
 from hasten.core.sampler import SamplerFacts, sampler_facts
 
 
@@ -164,6 +164,6 @@ def restless(facts: SamplerFacts) -> Callable[[int, torch.Tensor], torch.Tensor]
 
     def answer(index: int, seen: torch.Tensor) -> torch.Tensor:
         level = facts.levels[index]
-        return from_velocity(draw(index + 2), seen, level, facts.prediction)
+        return convert(draw(index + 2), seen, level, "flow_prediction", facts.prediction)
 
     return answer

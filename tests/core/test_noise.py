@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.core import noise
 from hasten.core.errors import HastenError
 from hasten.core.noise import NoiseLevel, Prediction, convert, mixing
 
@@ -49,24 +47,6 @@ def test_every_form_becomes_every_other(given: Prediction, wanted: Prediction, a
     torch.testing.assert_close(back, predicted(given, level, clean, noise), rtol=1e-9, atol=1e-9)
 
 
-PAIRS: tuple[tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], Prediction], ...] = (
-    (noise.to_velocity, noise.from_velocity, "flow_prediction"),
-    (noise.to_clean, noise.from_clean, "sample"),
-    (noise.to_noise, noise.from_noise, "epsilon"),
-)
-
-
-@pytest.mark.parametrize(("to", "back", "wanted"), PAIRS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_named_conversions(to: Callable[..., torch.Tensor], back: Callable[..., torch.Tensor], wanted: Prediction,
-                               kind: Prediction) -> None:  # fmt: skip
-    clean, noise = picture_and_noise()
-    seen, output = HALF.alpha * clean + HALF.sigma * noise, predicted(kind, HALF, clean, noise)
-    result = to(output, seen, HALF, kind)
-    torch.testing.assert_close(result, predicted(wanted, HALF, clean, noise))
-    torch.testing.assert_close(back(result, seen, HALF, kind), output)
-
-
 @pytest.mark.parametrize("level", [NoiseLevel(0, 1), NoiseLevel(1, 0), NoiseLevel(1e-30, 1), NoiseLevel(1, 1e-30)])
 @pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
 @pytest.mark.parametrize("wanted", KINDS)
@@ -80,9 +60,9 @@ def test_velocities_are_safe_at_both_ends(level: NoiseLevel, kind: Prediction, w
 def test_what_cannot_be_known_is_said() -> None:
     seen = torch.ones(1, 3, 2, 2)
     with pytest.raises(HastenError, match=r"'epsilon' says nothing about 'flow_prediction' where alpha = 0"):
-        noise.to_velocity(seen, seen, NoiseLevel(0, 1), "epsilon")
+        convert(seen, seen, NoiseLevel(0, 1), "epsilon", "flow_prediction")
     with pytest.raises(HastenError, match=r"'sample' says nothing about 'epsilon' where alpha = 1 and sigma = 0"):
-        noise.to_noise(seen, seen, NoiseLevel(1, 0), "sample")
+        convert(seen, seen, NoiseLevel(1, 0), "sample", "epsilon")
 
 
 @pytest.mark.parametrize("kind", KINDS)

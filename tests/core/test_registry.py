@@ -56,7 +56,7 @@ def test_unknown_techniques_suggest_neighbours() -> None:
     for name in ("firstblockcache", "FirstBlokCache"):
         with pytest.raises(UnknownName, match=r"Did you mean FirstBlockCache\?"):
             technique(name)
-    with pytest.raises(UnknownName, match="Available: AdaCache, AttentionBackend, "):
+    with pytest.raises(UnknownName, match="Available: AWQ, AdaCache, AttentionBackend, "):
         technique("xyz")
 
 

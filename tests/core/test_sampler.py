@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hasten.core.intercept import intercept
-from hasten.core.noise import to_clean, to_velocity
+from hasten.core.noise import convert
 from hasten.core.sampler import SamplerFacts, adds_noise, sampler_facts
 from tests.core.samplers import (
     DETERMINISTIC,
@@ -74,7 +74,7 @@ def test_a_denoiser_that_is_right_leads_along_the_levels(kind: Case, steps: int)
 def error_of_euler(facts: SamplerFacts, taken: Taken) -> float:
     """How far a step is from Euler's, in xh."""
     here, following = facts.levels[taken.index], facts.levels[taken.index + 1]
-    velocity = to_velocity(taken.output, taken.seen, here, facts.prediction)
+    velocity = convert(taken.output, taken.seen, here, facts.prediction, "flow_prediction")
     expected = taken.before * facts.factors[taken.index] + (following.flow_time - here.flow_time) * velocity
     return (taken.after * facts.factors[taken.index + 1] - expected).abs().max().item()
 
@@ -101,7 +101,7 @@ def test_the_two_step_method_is_the_published_one(kind: Case) -> None:
     facts, pictures = facts_of(scheduler), list[torch.Tensor]()
     for taken in walk(scheduler, restless(facts)):
         here, following = facts.levels[taken.index], facts.levels[taken.index + 1]
-        pictures.append(to_clean(taken.output, taken.seen, here, facts.prediction))
+        pictures.append(convert(taken.output, taken.seen, here, facts.prediction, "sample"))
         h = following.log_snr - here.log_snr
         data = pictures[-1]
         if taken.index and not math.isinf(h):
@@ -121,7 +121,7 @@ def test_rounded_timesteps_lead_elsewhere_and_the_moves_know() -> None:
     assert facts.reached != facts.levels[1:]
     for taken in walk(scheduler, restless(facts)):
         stretch, weight = facts.move(taken.index)
-        velocity = to_velocity(taken.output, taken.seen, facts.levels[taken.index], facts.prediction)
+        velocity = convert(taken.output, taken.seen, facts.levels[taken.index], facts.prediction, "flow_prediction")
         expected = stretch * taken.before * facts.factors[taken.index] + weight * velocity
         torch.testing.assert_close(taken.after * facts.factors[taken.index + 1], expected, rtol=0, atol=1e-5)
     assert facts_of(TRAILING.build(20)).euler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def patch() -> Patch:
 def test_outputs_are_rounded_and_gradients_are_not(technique: LinearQuantizer, conv: bool) -> None:
     torch.manual_seed(0)
     site = place(nn.Conv2d(16, 24, 1) if conv else nn.Linear(16, 24))
-    module = technique.quantize(site)
+    module = cast(Quantized, technique.quantize(site))
     layer = StraightThrough(site, module, technique.quantize)
     x = torch.randn(3, 16, 4, 4) if conv else torch.randn(5, 16)
     found = layer(x)

@@ -118,7 +118,7 @@ def test_a_model_that_does_not_fit_is_loaded_into_host_memory(monkeypatch: pytes
 
     plain = module.load
 
-    def scarce_load(name: str, *, device: str | None, dtype: str | None) -> Any:
+    def scarce_load(name: str, *, device: str | None, dtype: str | None, base: str | None = None) -> Any:
         if device != "cpu":
             raise OutOfMemory(name, "CUDA out of memory.")
         return plain(name, device=device, dtype=dtype)

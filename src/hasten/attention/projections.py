@@ -94,6 +94,11 @@ class ProjectionPart(nn.Linear):
         return self._group.part(self._index, input)
 
     @property
+    def computed_by(self) -> nn.Module:
+        """The layer that the input goes to: what it is given must suit that one."""
+        return self._group.layer
+
+    @property
     def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """A view of this part's rows."""
         return cast(torch.Tensor, self._group.layer.weight)[self._group.rows(self._index)]

@@ -1,10 +1,10 @@
-"""The command line: `hasten compare`, `generate`, `inspect`, `techniques`, `plan`, `calibrate`, `finetune` ..."""
+"""The command line: `hasten compare`, `generate`, `inspect`, `plan`, `calibrate`, `quantize`, `convert` and others."""
 
 from __future__ import annotations
 
 import typer
 
-from hasten.cli import calibrate, compare, doctor, finetune, generate, inspect, plan, techniques
+from hasten.cli import calibrate, compare, convert, doctor, finetune, generate, inspect, plan, quantize, techniques
 
 app = typer.Typer(
     name="hasten",
@@ -20,6 +20,9 @@ app.command("inspect")(inspect.inspect)
 app.command("techniques")(techniques.techniques)
 app.command("plan")(plan.plan)
 app.command("calibrate")(calibrate.calibrate)
+app.command("convert")(convert.convert)
+app.command("verify")(convert.verify)
+app.command("quantize")(quantize.quantize)
 app.command("finetune")(finetune.finetune)
 app.command("doctor")(doctor.doctor)
 

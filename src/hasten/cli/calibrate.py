@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -34,7 +34,8 @@ class Job:
 
     model: LoadedModel
     workload: Workload
-    file: Path
+    file: Path | None
+    """None for the usual place, where the purpose has one."""
     goal: str = "reproduce"
     recipe: str = ""
 
@@ -45,15 +46,16 @@ def _signals(job: Job, purpose: str) -> None:
     from hasten.search.calibrate_signals import check_file
 
     kind = "teacache" if purpose == "teacache" else "magcache"
-    check_file(job.file, kind)
+    file = cast(Path, job.file)
+    check_file(file, kind)
     with OnTerminal(out) as progress:
         found = measure(job.model, kind, job.workload, progress)
-    found.save(job.file)
+    found.save(file)
     out.print(f"{found.name}: {found.summary}.", highlight=False, markup=False, soft_wrap=True)
     for warning in found.warnings:
         out.print(f"Warning: {warning}.", style="yellow", highlight=False, markup=False, soft_wrap=True)
     technique, parameter = ("TeaCache", "coefficients") if kind == "teacache" else ("MagCache", "ratios")
-    usage = f"-r '{technique}({parameter}=\"{job.file}\")'"
+    usage = f"-r '{technique}({parameter}=\"{file}\")'"
     out.print(f"Use it with {usage}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -66,18 +68,56 @@ def _plan(job: Job, purpose: str) -> None:
 
     if job.goal not in GOALS:
         raise UnknownName("goal of a plan", job.goal, GOALS)
+    file = cast(Path, job.file)
     recipe = load_recipe(job.recipe) if job.recipe else None
     with OnTerminal(out) as progress:
         found = calibrate_plan(
-            job.model, job.workload, goal=GOALS[job.goal], recipe=recipe, file=job.file, progress=progress
+            job.model, job.workload, goal=GOALS[job.goal], recipe=recipe, file=file, progress=progress
         )  # fmt: skip
     out.print(plan_table(found))
     for answer in solver_answers(found):
         out.print(answer, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"Use it with -r 'PlannedCache(plan=\"{job.file}\", speedup=2)'", highlight=False, soft_wrap=True)
+    out.print(f"Use it with -r 'PlannedCache(plan=\"{file}\", speedup=2)'", highlight=False, soft_wrap=True)
 
 
-PURPOSES: dict[str, Callable[[Job, str], None]] = {"plan": _plan, "teacache": _signals, "magcache": _signals}
+def _statistics(job: Job, purpose: str) -> None:
+    from hasten.measure.progress import OnTerminal
+    from hasten.quantize.engine.statistics_file import StatisticsFile
+    from hasten.search.quantization.collect import collect
+
+    with OnTerminal(out) as progress:
+        file = collect(job.model, job.workload, file=job.file, progress=progress)
+    found = StatisticsFile(file)
+    layers, inputs, size = len(found.statistics.layers), len(found.counts), file.stat().st_size / 2**20
+    out.print(f"{layers} layers with {inputs} different inputs were watched; {size:.1f} MiB: {file}", soft_wrap=True)
+    given = f'statistics="{file}"' if job.file else ""
+    out.print(f"Use it with -r 'SVDQuant({given})', or GPTQ, AWQ, SmoothQuant.", highlight=False, soft_wrap=True)
+
+
+def _precision(job: Job, purpose: str) -> None:
+    from hasten.measure.progress import OnTerminal
+    from hasten.search.quantization.sensitivity import agreement, measure_gains
+
+    with OnTerminal(out) as progress:
+        file, found = measure_gains(job.model, job.workload, file=job.file, progress=progress)
+    told = agreement(found)
+    out.print(f"{told['layers']} layers were tried: {file}", highlight=False, soft_wrap=True)
+    out.print(
+        f"What statistics foretell and what was measured rank layers alike to {told['rank_correlation']:.2f}; "
+        f"most sensitive: {', '.join(told['most_sensitive'])}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    given = f'plan="{file}"' if job.file else ""
+    out.print(f"Use it with -r 'MixedPrecision({given})'", highlight=False, soft_wrap=True)
+
+
+PURPOSES: dict[str, Callable[[Job, str], None]] = {
+    "plan": _plan,
+    "teacache": _signals,
+    "magcache": _signals,
+    "statistics": _statistics,
+    "precision": _precision,
+}
 """What can be calibrated, and what does it. Progress and results go to the terminal."""
 
 
@@ -85,8 +125,14 @@ PURPOSES: dict[str, Callable[[Job, str], None]] = {"plan": _plan, "teacache": _s
 def calibrate(
     model: ModelArgument,
     file: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where it goes; other models in it are kept.")
-    ],
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where it goes; other models in it are kept. Statistics go to the user's cache by default.",
+        ),
+    ] = None,
     purpose: Annotated[str, typer.Option("--for", metavar="WHAT", help=f"One of {', '.join(PURPOSES)}.")] = "plan",
     goal: Annotated[
         str, typer.Option(help="Of a plan: reproduce the plain pictures, or converge to those of many steps.")
@@ -102,14 +148,17 @@ def calibrate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Make a few uncached pictures, measure what a cache needs to know about the model, and write it to a file."""
-    from hasten.core.errors import UnknownName
+    """Make a few uncached pictures, measure what a technique needs to know about the model, and write it to a file."""
+    from hasten.core.errors import HastenError, UnknownName
     from hasten.core.files import ensure_writable
-    from hasten.models import load
+    from hasten.formats.loading import load
 
     if purpose not in PURPOSES:
         raise UnknownName("purpose of calibration", purpose, PURPOSES)
-    ensure_writable(file.parent)
+    if file is not None:
+        ensure_writable(file.parent)
+    elif purpose not in ("statistics", "precision"):
+        raise HastenError("Say with -o FILE where the result goes.")
     quiet()
     loaded = load(model, device=device, dtype=dtype)
     chosen = read_prompts(prompts) if prompts else loaded.workload.prompts[:pictures]

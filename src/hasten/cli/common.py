@@ -6,15 +6,19 @@ import functools
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
 
 from hasten.core.errors import HastenError
 from hasten.core.workload import Workload
+
+if TYPE_CHECKING:
+    from hasten.core.recipe import Recipe
+    from hasten.models import LoadedModel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +42,10 @@ RecipeOption = Annotated[
 ]  # fmt: skip
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
 SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size of the pictures in pixels: 1024x1024.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="If MODEL is a file of weights: the pipeline that it goes into."),
+]
 FallbackOption = Annotated[
     bool, typer.Option("--fallback", help="Where memory runs out, go on with the next recipe that needs less.")
 ]
@@ -114,6 +122,17 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     if not prompts:
         raise HastenError(f"The prompts file {file} holds no prompt.")
     return prompts
+
+
+def gather_statistics(model: LoadedModel, recipes: Iterable[Recipe]) -> None:
+    """Gather the statistics that techniques of the recipes look for, unless that was done before."""
+    from hasten.measure.progress import OnTerminal
+    from hasten.search.quantization.collect import collect, lacks_statistics
+
+    if lacks_statistics(recipes, model.pipeline):
+        out.print("Watching a few pictures first, once for this model: a recipe needs statistics of its layers.")
+        with OnTerminal(out) as progress:
+            collect(model, progress=progress)
 
 
 def _escaped(text: str) -> str:

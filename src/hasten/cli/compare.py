@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli.common import (
+    BaseOption,
     DeviceOption,
     DtypeOption,
     FallbackOption,
@@ -17,6 +18,7 @@ from hasten.cli.common import (
     SizeOption,
     StepsOption,
     adjusted,
+    gather_statistics,
     out,
     quiet,
     read_prompts,
@@ -49,6 +51,7 @@ def compare(
         bool, typer.Option(help="Add rows with fewer steps, and with a better solver, at the same time.")
     ] = True,
     fallback: FallbackOption = False,
+    base_model: BaseOption = None,
 ) -> None:
     """Run recipes on the same prompts and seeds; write a table, report.html and comparison.json.
 
@@ -67,7 +70,7 @@ def compare(
     given = (*(prompt or ()), *(read_prompts(prompts) if prompts else ()))
     ensure_writable(folder)
     quiet()
-    loaded, parked = load_or_park(model, device=device, dtype=dtype, fallback=fallback)
+    loaded, parked = load_or_park(model, base=base_model, device=device, dtype=dtype, fallback=fallback)
     workload = adjusted(
         loaded.workload,
         prompts=given or loaded.workload.prompts[:DEFAULT_PROMPTS],
@@ -77,6 +80,8 @@ def compare(
         guidance=guidance,
     )
     recipes = wanted or default_recipes(loaded)
+    if not parked:
+        gather_statistics(loaded, (one for _, one in recipes))
     adviser = Adviser.of(loaded.pipeline, workload, parked=parked)
     base = adviser.enough(Recipe()) if parked else Recipe()
     with OnTerminal(out) as progress:

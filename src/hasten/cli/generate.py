@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli.common import (
+    BaseOption,
     DeviceOption,
     DtypeOption,
     FallbackOption,
@@ -19,6 +20,7 @@ from hasten.cli.common import (
     SizeOption,
     StepsOption,
     adjusted,
+    gather_statistics,
     out,
     quiet,
     reports_errors,
@@ -45,6 +47,7 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     fallback: FallbackOption = False,
+    base_model: BaseOption = None,
 ) -> None:
     """Make one picture with a recipe applied, and say what the recipe did."""
     from hasten.core.expression import load_recipe
@@ -55,7 +58,9 @@ def generate(
     applied = load_recipe(recipe)
     ensure_writable(file.parent)
     quiet()
-    loaded, parked = load_or_park(model, device=device, dtype=dtype, fallback=fallback)
+    loaded, parked = load_or_park(model, base=base_model, device=device, dtype=dtype, fallback=fallback)
+    if not parked:
+        gather_statistics(loaded, (applied,))
     workload = adjusted(loaded.workload, prompts=(prompt,), steps=steps, size=size, guidance=guidance)
     adviser = Adviser.of(loaded.pipeline, workload, parked=parked)
     began = adviser.enough(applied) if parked else applied

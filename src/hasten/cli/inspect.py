@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ def inspect(model: ModelArgument, device: DeviceOption = None, dtype: DtypeOptio
 
 def _target(model: str, device: str | None, dtype: str | None) -> Target:
     from hasten.core.target import Target, released_models
-    from hasten.models import bundled, find_folder, load
+    from hasten.formats.loading import load
+    from hasten.models import bundled, find_folder
 
     if model.casefold() in {name.casefold() for name in released_models()}:
         return Target.planned(model)
@@ -61,8 +63,14 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _weights(module: nn.Module) -> tuple[int, int]:
+    """How many numbers a network's weights are, and their bytes, be they in codes or plain."""
+    from hasten.kernels.modules import Quantized
+
     parameters = list(module.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    coded = [layer for layer in module.modules() if isinstance(layer, Quantized)]
+    count = sum(p.numel() for p in parameters) + sum(math.prod(layer.shape) for layer in coded)
+    buffers = (buffer.nbytes for layer in coded for buffer in layer.buffers(recurse=False))
+    return count, sum(p.numel() * p.element_size() for p in parameters) + sum(buffers)
 
 
 def _structure(denoiser: Denoiser) -> Table:

@@ -7,7 +7,8 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -48,6 +49,31 @@ def ensure_folder(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise HastenError(f"Cannot create the folder {path}: {_reason(error)}.") from error
     return path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Generator[Path]:
+    """Fill a folder under a temporary name; it appears as `path` at the end, whole or, after an exception, not at all.
+
+    A folder that was there before stays until then. Raises HastenError when it cannot be written.
+    """
+    target = Path(os.path.abspath(path))  # noqa: PTH100 - resolving a link would write beside what it points to
+    ensure_folder(target.parent)
+    mark = secrets.token_hex(4)
+    temporary, former = (target.with_name(f".{target.name[:80]}.{mark}.{end}") for end in ("tmp", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        if target.exists():
+            target.replace(former)
+        temporary.replace(target)
+    except OSError as error:
+        if former.exists() and not target.exists():
+            former.replace(target)
+        raise HastenError(f"Cannot write the folder {target}: {_reason(error)}.") from error
+    finally:
+        for rest in (temporary, former):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def read_json(path: str | os.PathLike[str]) -> object:

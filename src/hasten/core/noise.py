@@ -58,48 +58,6 @@ class NoiseLevel:
         return math.log(self.alpha) - math.log(self.sigma)
 
 
-def to_velocity(
-    output: torch.Tensor, network_input: torch.Tensor, level: NoiseLevel, prediction: Prediction
-) -> torch.Tensor:
-    """The velocity u = noise - x0 that a prediction amounts to; see `convert` for shapes and errors."""
-    return convert(output, network_input, level, prediction, "flow_prediction")
-
-
-def from_velocity(
-    velocity: torch.Tensor, network_input: torch.Tensor, level: NoiseLevel, prediction: Prediction
-) -> torch.Tensor:
-    """The inverse of `to_velocity`."""
-    return convert(velocity, network_input, level, "flow_prediction", prediction)
-
-
-def to_clean(
-    output: torch.Tensor, network_input: torch.Tensor, level: NoiseLevel, prediction: Prediction
-) -> torch.Tensor:
-    """The finished picture x0 that a prediction amounts to; see `convert` for shapes and errors."""
-    return convert(output, network_input, level, prediction, "sample")
-
-
-def from_clean(
-    clean: torch.Tensor, network_input: torch.Tensor, level: NoiseLevel, prediction: Prediction
-) -> torch.Tensor:
-    """The inverse of `to_clean`."""
-    return convert(clean, network_input, level, "sample", prediction)
-
-
-def to_noise(
-    output: torch.Tensor, network_input: torch.Tensor, level: NoiseLevel, prediction: Prediction
-) -> torch.Tensor:
-    """The noise that a prediction amounts to; see `convert` for shapes and errors."""
-    return convert(output, network_input, level, prediction, "epsilon")
-
-
-def from_noise(
-    noise: torch.Tensor, network_input: torch.Tensor, level: NoiseLevel, prediction: Prediction
-) -> torch.Tensor:
-    """The inverse of `to_noise`."""
-    return convert(noise, network_input, level, "epsilon", prediction)
-
-
 def convert(
     output: torch.Tensor, network_input: torch.Tensor, level: NoiseLevel, given: Prediction, wanted: Prediction
 ) -> torch.Tensor:

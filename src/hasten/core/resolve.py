@@ -122,8 +122,11 @@ CLAIMS = {
     "graph": "the compilation of the blocks",
     "recording": "the recording of the denoiser's calls",
     "layout": "the memory layout of the weights",
+    "linear.smooth": "the smoothing of the inputs of the same linear layers",
     "linear.weight": "the weights of the same linear layers",
+    "linear.input": "what is done to the inputs of the same linear layers",
     "residency": "the placement of the weights",
+    "block.code": "the code of the blocks",
     "modulation": "the weights of adaptive norms",
     "adapters": "the adapters of the layers",
 }

@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from hasten.core.block import Planner
+
 Config = Mapping[str, Any]
 Guidance = Literal["embedded", "batched", "separate", "none"]
 Side = Literal["first", "last"]
@@ -41,6 +43,8 @@ class Stack:
     Of the first block it tells how much the present step differs from the last, before any block has run. Where
     the method's authors look at the time embedding instead, so does the specification.
     """
+    plan: Planner | None = field(default=None, hash=False)
+    """What a block computes, from norm to residual connection, so that it can be run with fused kernels."""
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Pick the streams out of a block call's arguments, whether given by position or by name."""

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hasten.core.block import BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
+from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu, modulated, named
 
 __all__ = ["DIT"]
 
@@ -28,6 +30,30 @@ def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     """What the first attention sees: the picture, normalized and modulated by timestep and class."""
     picture = given["hidden_states"]
     return block.norm1(picture, given["timestep"], given["class_labels"], hidden_dtype=picture.dtype)[0]  # pyright: ignore
+
+
+def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Each block embeds timestep and class itself."""
+    norm: Any = block.norm1
+    kind = given["hidden_states"].dtype
+    return named(ZERO, norm.linear(F.silu(norm.emb(given["timestep"], given["class_labels"], hidden_dtype=kind))))
+
+
+def _plan(block: nn.Module) -> BlockPlan | None:
+    module: Any = block
+    usual = module.norm_type == "ada_norm_zero" and module.attn2 is None and module.pos_embed is None
+    return _BLOCK if usual and is_gelu(module.ff) and not module.only_cross_attention else None
+
+
+_BLOCK = BlockPlan(
+    modulation=_modulation,
+    sublayers=(
+        Sublayer(module="attn1", residuals=(modulated(1, "norm1.norm"),), given={"attention_mask": "attention_mask"}),
+        Sublayer(module="ff", residuals=(modulated(2, "norm3"),)),
+    ),
+    feed_forward=(gelu_feed_forward("ff"),),
+    absent=("cross_attention_kwargs", "_chunk_size"),
+)
 
 
 def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,6 +115,7 @@ DIT = DenoiserSpec(
             denoised="hidden_states",
             branches=("attn1", "ff"),
             indicator=_indicator,
+            plan=_plan,
         ),
     ),
     repeated_blocks=("BasicTransformerBlock",),

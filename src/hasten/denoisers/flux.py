@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hasten.core.block import AttentionPlan, Beside, BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import grid_ids, normal, unpacked
+from hasten.denoisers._plans import ZERO, for_text, gelu_feed_forward, is_gelu, modulated, named, of_text, with_batch
 
 __all__ = ["FLUX"]
 
@@ -38,6 +40,79 @@ def _double_indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tenso
 def _single_indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     """What the attention of a single-stream block sees of the picture; the modulation acts on each token alone."""
     return block.norm(given["hidden_states"], emb=given["temb"])[0]  # pyright: ignore
+
+
+def _rotations(rotary: Any) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Cosines and sines of all tokens, text first, each of them twice."""
+    cosines, sines = rotary
+    return [with_batch((cosines[:, ::2], sines[:, ::2]))]
+
+
+def _double_modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    module: Any = block
+    time = F.silu(given["temb"])
+    return named(ZERO, module.norm1.linear(time)) | for_text(named(ZERO, module.norm1_context.linear(time)))
+
+
+def _single_modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return named(ZERO[:3], block.norm.linear(F.silu(given["temb"])))  # pyright: ignore
+
+
+def _attention(second: Any) -> AttentionPlan:
+    return AttentionPlan(
+        module="attn",
+        processor="FluxAttnProcessor",
+        second=second,
+        rotary="image_rotary_emb",
+        rotations=_rotations,
+        absent=("attention_mask",),
+    )
+
+
+_DOUBLE = BlockPlan(
+    modulation=_double_modulation,
+    sublayers=(
+        Sublayer(
+            module="attn",
+            residuals=(
+                modulated(1, "norm1.norm", argument="hidden_states"),
+                of_text(1, "norm1_context.norm", "encoder_hidden_states"),
+            ),
+            given={"image_rotary_emb": "image_rotary_emb"},
+        ),
+        Sublayer(module="ff", residuals=(modulated(2, "norm2"),)),
+        Sublayer(module="ff_context", residuals=(of_text(2, "norm2_context"),)),
+    ),
+    attention=(_attention("first"),),
+    feed_forward=(gelu_feed_forward("ff"), gelu_feed_forward("ff_context")),
+    absent=("joint_attention_kwargs",),
+)
+_SINGLE = BlockPlan(
+    modulation=_single_modulation,
+    sublayers=(
+        Sublayer(
+            module="attn",
+            residuals=(
+                modulated(1, "norm.norm", stream="encoder_hidden_states", argument="hidden_states"),
+                modulated(1, "norm.norm"),
+            ),
+            given={"image_rotary_emb": "image_rotary_emb"},
+            joined=True,
+            beside=Beside(enters="proj_mlp", activation="gelu_tanh", leaves="proj_out"),
+        ),
+    ),
+    attention=(_attention("none"),),
+    absent=("joint_attention_kwargs",),
+)
+
+
+def _double(block: nn.Module) -> BlockPlan | None:
+    module: Any = block
+    return _DOUBLE if is_gelu(module.ff) and is_gelu(module.ff_context) else None
+
+
+def _single(block: nn.Module) -> BlockPlan | None:
+    return _SINGLE if getattr(block.act_mlp, "approximate", "") == "tanh" else None
 
 
 def _unpack(given: Mapping[str, Any]) -> torch.Tensor | None:
@@ -103,6 +178,7 @@ FLUX = DenoiserSpec(
             denoised="hidden_states",
             branches=("attn", "ff", "ff_context"),
             indicator=_double_indicator,
+            plan=_double,
         ),
         Stack(
             path="single_transformer_blocks",
@@ -113,6 +189,7 @@ FLUX = DenoiserSpec(
             branches=("proj_out",),  # projects attention and feed-forward together
             feeders={"proj_out": ("attn", "proj_mlp")},
             indicator=_single_indicator,
+            plan=_single,
         ),
     ),
     repeated_blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),

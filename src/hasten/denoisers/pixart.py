@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hasten.core.block import BlockPlan, Residual, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
+from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu, modulated
 
 __all__ = ["PIXART"]
 
@@ -41,6 +43,34 @@ def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     picture = given["hidden_states"]
     shift, scale, *_ = (module.scale_shift_table[None] + given["timestep"].reshape(len(picture), 6, -1)).chunk(6, dim=1)
     return module.norm1(picture) * (1 + scale) + shift
+
+
+def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    module: Any = block
+    parts = module.scale_shift_table[None] + given["timestep"].reshape(len(given["hidden_states"]), 6, -1)
+    return dict(zip(ZERO, parts.unbind(1), strict=True))
+
+
+def _plan(block: nn.Module) -> BlockPlan | None:
+    module: Any = block
+    usual = module.norm_type == "ada_norm_single" and module.attn2 is not None and module.pos_embed is None
+    return _BLOCK if usual and is_gelu(module.ff) and not module.only_cross_attention else None
+
+
+_BLOCK = BlockPlan(
+    modulation=_modulation,
+    sublayers=(
+        Sublayer(module="attn1", residuals=(modulated(1, "norm1"),), given={"attention_mask": "attention_mask"}),
+        Sublayer(
+            module="attn2",
+            residuals=(Residual(stream="hidden_states"),),
+            given={"encoder_hidden_states": "encoder_hidden_states", "attention_mask": "encoder_attention_mask"},
+        ),
+        Sublayer(module="ff", residuals=(modulated(2, "norm2"),)),
+    ),
+    feed_forward=(gelu_feed_forward("ff"),),
+    absent=("cross_attention_kwargs", "_chunk_size"),
+)
 
 
 def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -101,6 +131,7 @@ PIXART = DenoiserSpec(
             denoised="hidden_states",
             branches=("attn1", "attn2", "ff"),
             indicator=_indicator,
+            plan=_plan,
         ),
     ),
     repeated_blocks=("BasicTransformerBlock",),

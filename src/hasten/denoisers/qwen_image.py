@@ -9,8 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hasten.core.block import AttentionPlan, BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal, unpacked
+from hasten.denoisers._plans import (
+    ZERO,
+    for_text,
+    gelu_feed_forward,
+    is_gelu,
+    modulated,
+    named,
+    of_text,
+    pairs,
+    with_batch,
+)
 
 __all__ = ["QWEN_IMAGE"]
 
@@ -31,6 +43,54 @@ def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     module: Any = block
     modulation = module.img_mod(given["temb"]).chunk(2, dim=-1)[0]
     return module._modulate(module.img_norm1(given["hidden_states"]), modulation, given.get("modulate_index"))[0]
+
+
+def _rotations(rotary: Any) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Picture and text have their own, in the order of the attention's streams."""
+    return [with_batch(pairs(waves)) for waves in rotary]
+
+
+def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    module: Any = block
+    return named(ZERO, module.img_mod(given["temb"])) | for_text(named(ZERO, module.txt_mod(given["temb"])))
+
+
+def _plan(block: nn.Module) -> BlockPlan | None:
+    """Not for models that edit pictures, which modulate the given pictures' tokens otherwise than the new one's."""
+    module: Any = block
+    return None if module.zero_cond_t or not is_gelu(module.img_mlp) or not is_gelu(module.txt_mlp) else _BLOCK
+
+
+_BLOCK = BlockPlan(
+    modulation=_modulation,
+    sublayers=(
+        Sublayer(
+            module="attn",
+            residuals=(
+                modulated(1, "img_norm1", argument="hidden_states"),
+                of_text(1, "txt_norm1", "encoder_hidden_states"),
+            ),
+            given={
+                "encoder_hidden_states_mask": "encoder_hidden_states_mask",
+                "image_rotary_emb": "image_rotary_emb",
+            },
+        ),
+        Sublayer(module="img_mlp", residuals=(modulated(2, "img_norm2"),)),
+        Sublayer(module="txt_mlp", residuals=(of_text(2, "txt_norm2"),)),
+    ),
+    attention=(
+        AttentionPlan(
+            module="attn",
+            processor="QwenDoubleStreamAttnProcessor2_0",
+            second="first",
+            rotary="image_rotary_emb",
+            rotations=_rotations,
+            absent=("encoder_hidden_states_mask", "attention_mask"),
+        ),
+    ),
+    feed_forward=(gelu_feed_forward("img_mlp"), gelu_feed_forward("txt_mlp")),
+    absent=("joint_attention_kwargs", "modulate_index"),
+)
 
 
 def _unpack(given: Mapping[str, Any]) -> torch.Tensor | None:
@@ -74,6 +134,7 @@ QWEN_IMAGE = DenoiserSpec(
             denoised="hidden_states",
             branches=("attn", "img_mlp", "txt_mlp"),
             indicator=_indicator,
+            plan=_plan,
         ),
     ),
     repeated_blocks=("QwenImageTransformerBlock",),

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hasten.core.block import AttentionPlan, BlockPlan, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
+from hasten.denoisers._plans import ZERO, for_text, gelu_feed_forward, is_gelu, modulated, named, of_text
 
 __all__ = ["SD3"]
 
@@ -27,6 +29,42 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
 def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     """What the joint attention sees of the picture."""
     return block.norm1(given["hidden_states"], emb=given["temb"])[0]  # pyright: ignore
+
+
+def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Blocks with a second attention have three parts more for it; the last block only norms the text."""
+    module: Any = block
+    time = F.silu(given["temb"])
+    picture = (*ZERO, "shift3", "scale3", "gate3") if module.use_dual_attention else ZERO
+    text = ("scale1", "shift1") if module.context_pre_only else ZERO
+    return named(picture, module.norm1.linear(time)) | for_text(named(text, module.norm1_context.linear(time)))
+
+
+def _plan(block: nn.Module) -> BlockPlan | None:
+    module: Any = block
+    last = bool(module.context_pre_only)
+    if not is_gelu(module.ff) or not (last or is_gelu(module.ff_context)):
+        return None
+    picture = modulated(1, "norm1.norm", argument="hidden_states")
+    text = of_text(1, "norm1_context.norm", "encoder_hidden_states", gated=not last)
+    joint = Sublayer(module="attn", residuals=(picture, text))
+    dual = Sublayer(module="attn2", residuals=(modulated(3, "norm1.norm", argument="hidden_states", early=True),))
+    feed_picture = Sublayer(module="ff", residuals=(modulated(2, "norm2"),))
+    feed_text = Sublayer(module="ff_context", residuals=(of_text(2, "norm2_context"),))
+    second = (dual,) if module.use_dual_attention else ()
+    return BlockPlan(
+        modulation=_modulation,
+        sublayers=(joint, *second, feed_picture, *(() if last else (feed_text,))),
+        attention=(_attention("attn", "last"), *([_attention("attn2", "none")] if second else [])),
+        feed_forward=(gelu_feed_forward("ff"), *(() if last else (gelu_feed_forward("ff_context"),))),
+        absent=("joint_attention_kwargs", "_chunk_size"),
+        ends=("encoder_hidden_states",) if last else (),
+    )
+
+
+def _attention(module: str, second: Any) -> AttentionPlan:
+    absent = ("attention_mask",)
+    return AttentionPlan(module=module, processor="JointAttnProcessor2_0", second=second, absent=absent)
 
 
 def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -92,6 +130,7 @@ SD3 = DenoiserSpec(
             denoised="hidden_states",
             branches=("attn", "attn2", "ff", "ff_context"),
             indicator=_indicator,
+            plan=_plan,
         ),
     ),
     repeated_blocks=("JointTransformerBlock",),

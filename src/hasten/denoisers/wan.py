@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from hasten.core.block import AttentionPlan, BlockPlan, Residual, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
+from hasten.denoisers._plans import ZERO, gelu_feed_forward, is_gelu, modulated
 
 __all__ = ["WAN"]
 
@@ -25,6 +28,51 @@ def _inputs(config: Config, size: InputSize, generator: torch.Generator) -> dict
 def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     """The projected time embedding [batch, 6, width], as published: it depends on neither picture nor prompt."""
     return given["temb"]
+
+
+def _rotations(rotary: Any) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Cosines and sines, [1, tokens, 1, size], each of them twice."""
+    cosines, sines = rotary
+    return [(cosines[:, :, 0, ::2], sines[:, :, 0, 1::2])]
+
+
+def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """[batch, channels] float32 each, or [batch, tokens, channels] where every token has its own timestep."""
+    table: Any = block.scale_shift_table
+    return dict(zip(ZERO, (table + given["temb"].float()).unbind(-2), strict=True))
+
+
+def _plan(block: nn.Module) -> BlockPlan | None:
+    """The cross-attention is normed only in some releases."""
+    module: Any = block
+    norm = "" if type(module.norm2) is nn.Identity else "norm2"
+    return replace(_BLOCK, sublayers=_sublayers(norm)) if is_gelu(module.ffn) else None
+
+
+def _sublayers(norm: str) -> tuple[Sublayer, ...]:
+    text = {"encoder_hidden_states": "encoder_hidden_states"}
+    return (
+        Sublayer(module="attn1", residuals=(modulated(1, "norm1"),), given={"rotary_emb": "rotary_emb"}),
+        Sublayer(module="attn2", residuals=(Residual(stream="hidden_states", norm=norm),), given=text),
+        Sublayer(module="ffn", residuals=(modulated(2, "norm3"),)),
+    )
+
+
+_BLOCK = BlockPlan(
+    modulation=_modulation,
+    sublayers=_sublayers("norm2"),
+    attention=(
+        AttentionPlan(
+            module="attn1",
+            processor="WanAttnProcessor",
+            rotary="rotary_emb",
+            rotations=_rotations,
+            across_heads=True,
+            absent=("encoder_hidden_states", "attention_mask"),
+        ),
+    ),
+    feed_forward=(gelu_feed_forward("ffn"),),
+)
 
 
 def _config(*, layers: int, heads: int, ffn: int, channels: int = 16) -> Config:
@@ -96,6 +144,7 @@ WAN = DenoiserSpec(
             denoised="hidden_states",
             branches=("attn1", "attn2", "ffn"),
             indicator=_indicator,
+            plan=_plan,
         ),
     ),
     repeated_blocks=("WanTransformerBlock",),

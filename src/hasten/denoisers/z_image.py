@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hasten.core.block import AttentionPlan, BlockPlan, FeedForwardPlan, Residual, Sublayer
 from hasten.core.spec import Config, DenoiserSpec, InputSize, Released, Stack
 from hasten.denoisers._inputs import normal
+from hasten.denoisers._plans import named, pairs
 
 __all__ = ["Z_IMAGE"]
 
@@ -32,6 +35,55 @@ def _indicator(block: nn.Module, given: Mapping[str, Any]) -> torch.Tensor:
     time = given["adaln_input"] if given.get("noise_mask") is None else given["adaln_noisy"]
     scale = 1.0 + module.adaLN_modulation(time).unsqueeze(1).chunk(4, dim=2)[0]
     return module.attention_norm1(given["x"]) * scale
+
+
+def _rotations(rotary: Any) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    return [pairs(rotary)]
+
+
+def _modulation(block: nn.Module, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Scales and gates of attention and feed-forward; there are no shifts."""
+    made: torch.Tensor = block.adaLN_modulation(given["adaln_input"])  # pyright: ignore
+    parts = named(("scale1", "gate1", "scale2", "gate2"), made)
+    return parts | {name: parts[name].tanh() for name in ("gate1", "gate2")}
+
+
+def _plan(block: nn.Module) -> BlockPlan:
+    """The blocks that refine the text are not modulated."""
+    return _BLOCK if block.modulation else _UNMODULATED
+
+
+def _residual(number: int, norm: str, after: str, modulated: bool) -> Residual:
+    scale, gate = (f"scale{number}", f"gate{number}") if modulated else ("", "")
+    return Residual(stream="x", norm=norm, after=after, scale=scale, gate=gate)
+
+
+def _sublayers(modulated: bool) -> tuple[Sublayer, ...]:
+    attention = _residual(1, "attention_norm1", "attention_norm2", modulated)
+    feed_forward = _residual(2, "ffn_norm1", "ffn_norm2", modulated)
+    more = {"attention_mask": "attn_mask", "freqs_cis": "freqs_cis"}
+    return (
+        Sublayer(module="attention", residuals=(attention,), given=more),
+        Sublayer(module="feed_forward", residuals=(feed_forward,)),
+    )
+
+
+_UNMODULATED = BlockPlan(
+    sublayers=_sublayers(False),
+    attention=(
+        AttentionPlan(
+            module="attention",
+            processor="ZSingleStreamAttnProcessor",
+            rotary="freqs_cis",
+            rotations=_rotations,
+            mask="attention_mask",
+            absent=("encoder_hidden_states",),
+        ),
+    ),
+    feed_forward=(FeedForwardPlan(module="feed_forward", enters=("w1", "w3"), activation="swiglu", leaves="w2"),),
+    absent=("noise_mask",),
+)
+_BLOCK = replace(_UNMODULATED, sublayers=_sublayers(True), modulation=_modulation)
 
 
 def _time_inputs(model: nn.Module, given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -99,6 +151,7 @@ Z_IMAGE = DenoiserSpec(
             denoised="x",
             branches=("attention", "feed_forward"),
             indicator=_indicator,
+            plan=_plan,
         ),
     ),
     repeated_blocks=("ZImageTransformerBlock",),

@@ -28,6 +28,9 @@ class Entry:
     given: Input = field(default_factory=Input)
     """What has to be done to the input of the layer (smoothing, rotation, rounding of activations)."""
     low_rank: LowRank | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the file says beside, on which the values do not depend, and which its own format needs to write the very
+    same bytes again, such as the type that the weight had. Other formats leave it out."""
 
 
 class Reader(ABC):

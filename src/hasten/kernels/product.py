@@ -6,52 +6,63 @@ can do all, comes last. Within what 8-bit rounding leaves open all give the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
+from hasten.kernels import cpu, gpu, tuning
 from hasten.kernels.activations import Activations, rounded
+from hasten.kernels.call import Kernel, Product
+from hasten.kernels.hadamard import rotate
 from hasten.kernels.weight import TENSORS, QuantizedWeight
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A way to compute the product."""
-
-    name: str
-    takes: Callable[[torch.Tensor, QuantizedWeight, Activations], bool]
-    """Can it do this input, [tokens, inputs], this weight and this rounding of activations?"""
-    run: Callable[[torch.Tensor, QuantizedWeight, torch.Tensor | None, Activations, torch.Tensor | None], torch.Tensor]
-    """Input [tokens, inputs], weight, bias, rounding of activations and their fixed scale to [tokens, outputs]."""
-
-
-def reference(
-    x: torch.Tensor,
-    weight: QuantizedWeight,
-    bias: torch.Tensor | None,
-    activations: Activations,
-    input_scale: torch.Tensor | None,
-) -> torch.Tensor:
+def reference(product: Product) -> torch.Tensor:
     """Dequantize, round the activations, multiply in float32 (or in the input's type, if they are not rounded)."""
-    values = rounded(x, activations, input_scale)
-    matrix = weight.dequantize(values.dtype).reshape(weight.shape[0], -1)
-    found = F.linear(values, matrix, None if bias is None else bias.to(values.dtype))
-    return found.to(x.dtype)
+    values = rounded(product.prepared(), product.activations, product.input_scale)
+    matrix = product.weight.dequantize(values.dtype).reshape(product.weight.shape[0], -1)
+    bias = None if product.bias is None else product.bias.to(values.dtype)
+    return product.with_side(F.linear(values, matrix, bias).to(product.x.dtype))
 
 
-REFERENCE = Kernel("reference", lambda *_: True, reference)
+REFERENCE = Kernel("reference", lambda product: True, reference)
 
 
-def kernels() -> list[Kernel]:
-    """All kernels in order of preference."""
-    return [REFERENCE]
+def kernels(device: torch.device) -> list[Kernel]:
+    """All kernels for a device in order of preference."""
+    if device.type == "cpu":
+        return [*cpu.KERNELS, REFERENCE]
+    return [*gpu.kernels(), REFERENCE] if gpu.usable(device) else [REFERENCE]
 
 
-def choose(x: torch.Tensor, weight: QuantizedWeight, activations: Activations) -> Kernel:
-    """The kernel that computes this product."""
-    return next(kernel for kernel in kernels() if kernel.takes(x, weight, activations))
+def choose(product: Product) -> Kernel:
+    """The kernel that computes a product."""
+    if not product.x.numel():
+        return REFERENCE
+    able = [kernel for kernel in kernels(product.x.device) if kernel.takes(product)]
+    fastest = tuning.known(product)
+    found = next((kernel for kernel in able if kernel.name == fastest), None)
+    return found or next(kernel for kernel in able if kernel.suits(product))
+
+
+_counts: list[Counter[str]] = []
+
+
+@contextmanager
+def counted() -> Generator[Counter[str]]:
+    """Count, while the block runs, how often each kernel is used, by name."""
+    counter: Counter[str] = Counter()
+    _counts.append(counter)
+    try:
+        yield counter
+    finally:
+        # By identity: counters with the same counts are equal.
+        _counts[:] = [other for other in _counts if other is not counter]
 
 
 def _weight_of(shape: list[int], number: str, columns: int, tensors: list[torch.Tensor | None]) -> QuantizedWeight:
@@ -75,35 +86,61 @@ def _operator(
     table: torch.Tensor | None,
     bias: torch.Tensor | None,
     input_scale: torch.Tensor | None,
+    smooth: torch.Tensor | None,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    rank_scale: torch.Tensor | None,
     shape: list[int],
     number: str,
     columns: int,
     activations: str,
+    rotation: int,
 ) -> torch.Tensor:
     tensors = [codes, scale, scale_coarse, scale_table, scale_offset, minimum, minimum_coarse, minimum_table]
     weight = _weight_of(shape, number, columns, [*tensors, minimum_offset, zero, table])
-    kernel = choose(x, weight, activations)  # pyright: ignore
-    return kernel.run(x, weight, bias, activations, input_scale)  # pyright: ignore
+    rounding = cast(Activations, activations)
+    product = Product(x, weight, bias, rounding, input_scale, smooth, rotation, down, up, rank_scale)
+    kernel = choose(product)
+    for counter in _counts:
+        counter[kernel.name] += 1
+    # Triton launches on the current device, which need not be that of the input; on a CPU nothing happens.
+    with torch.cuda.device_of(x):
+        return kernel.run(product)
+
+
+_SHAPE, _ROTATION = 18, 22
+"""Places of arguments of the operator."""
 
 
 @_operator.register_fake
-def _fake(x: torch.Tensor, *rest: object) -> torch.Tensor:
-    shape = rest[13]
-    return x.new_empty(x.shape[0], shape[0])  # pyright: ignore
+def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rest[_SHAPE - 1][0])
 
 
-def _remember(ctx, inputs, output) -> None:  # noqa: ANN001 # pyright: ignore
-    ctx.save_for_backward(*inputs[1:12])  # pyright: ignore
-    ctx.rest = inputs[14:17]  # pyright: ignore
-    ctx.inner = inputs[0].dtype  # pyright: ignore
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, down, up = inputs[0], inputs[15], inputs[16]
+    # The input is needed for nothing but the gradients of a side branch.
+    kept = x if down is not None and (down.requires_grad or up.requires_grad) else None
+    ctx.save_for_backward(*inputs[1:12], inputs[14], down, up, inputs[17], kept)
+    ctx.facts, ctx.rotation = inputs[_SHAPE : _SHAPE + 3], inputs[_ROTATION]
 
 
-def _gradient(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN001 # pyright: ignore
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The weight is constant, and rounding of activations passes gradients through."""
-    weight = _weight_of(*ctx.rest, list(ctx.saved_tensors))  # pyright: ignore
-    matrix = weight.dequantize(grad.dtype).reshape(weight.shape[0], -1)
-    bias = grad.sum(0) if ctx.needs_input_grad[12] else None  # pyright: ignore
-    return (grad @ matrix, *[None] * 11, bias, *[None] * 5)
+    *tensors, smooth, down, up, rank_scale, x = ctx.saved_tensors
+    shape, number, columns = ctx.facts
+    weight = _weight_of(shape, number, columns, tensors)
+    to_x = grad @ weight.dequantize(grad.dtype).reshape(weight.shape[0], -1)
+    to_x = to_x if ctx.rotation == 1 else rotate(to_x, ctx.rotation)
+    to_x = to_x if smooth is None else to_x / smooth.to(grad.dtype)
+    bias = grad.sum(0) if ctx.needs_input_grad[12] else None
+    if down is None:
+        return (to_x, *[None] * 11, bias, *[None] * 10)
+    by = 1 if rank_scale is None else rank_scale.to(grad.dtype)
+    ranks = grad @ up.to(grad.dtype) * by
+    to_down = (ranks.t() @ x).to(down.dtype) if x is not None else None
+    to_up = (grad.t() @ (x @ down.to(x.dtype).t() * by)).to(up.dtype) if x is not None else None
+    return (to_x + ranks @ down.to(grad.dtype), *[None] * 11, bias, None, None, to_down, to_up, *[None] * 6)
 
 
 _operator.register_autograd(_gradient, setup_context=_remember)
@@ -117,9 +154,19 @@ def quantized_linear(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias for x [..., inputs]; passes gradients to x and bias."""
-    tensors = weight.tensors()
-    facts = (weight.shape, weight.number.name, weight.columns, activations)
-    return operate(x, [tensors.get(name) for name in TENSORS], bias, input_scale, *facts)
+    return multiply(Product(x, weight, bias, activations, input_scale))
+
+
+def multiply(product: Product) -> torch.Tensor:
+    """A product by the operator, for an input [..., inputs]; passes gradients to x, bias, `down` and `up`."""
+    weight, tensors = product.weight, product.weight.tensors()
+    facts = (weight.shape, weight.number.name, weight.columns, product.activations)
+    parts = [tensors.get(name) for name in TENSORS]
+    return operate(
+        product.x, parts, product.bias, product.input_scale, *facts,
+        smooth=product.smooth, rotation=product.rotation,
+        down=product.down, up=product.up, rank_scale=product.rank_scale,
+    )  # fmt: skip
 
 
 def operate(
@@ -131,8 +178,25 @@ def operate(
     number: str,
     columns: int,
     activations: str,
+    *,
+    smooth: torch.Tensor | None = None,
+    rotation: int = 1,
+    down: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    rank_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same with the weight in the parts that `TENSORS` names; a single node in compiled graphs."""
     flat = x.reshape(-1, x.shape[-1])
-    found = _operator(flat, *tensors, bias, input_scale, list(shape), number, columns, activations)  # pyright: ignore
-    return found.reshape(*x.shape[:-1], shape[0])
+    facts = (list(shape), number, columns, activations, rotation)
+    found = _operator(flat, *tensors, bias, input_scale, smooth, down, up, rank_scale, *facts)  # pyright: ignore
+    return cast(torch.Tensor, found).reshape(*x.shape[:-1], shape[0])
+
+
+def tune(product: Product) -> str | None:
+    """Measure the kernels on a product, and from now on use the fastest for its like; its name, or None if none ran."""
+    return tuning.measure(product, [kernel for kernel in kernels(product.x.device) if kernel.takes(product)])
+
+
+def chosen(product: Product, tokens: int) -> str:
+    """The name of the kernel for a layer at so many tokens, without computing anything."""
+    return choose(replace(product, x=product.x.new_empty(tokens, product.x.shape[-1]))).name

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from hasten.core.errors import HastenError
 from hasten.kernels.numbers import NUMBERS
 from hasten.kernels.packing import pack
 from hasten.kernels.weight import QuantizedWeight, Scales, spread
@@ -19,9 +20,22 @@ def fitting_group(columns: int, group: int | None) -> int:
     return columns if group is None else math.gcd(columns, group)
 
 
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as [outputs, all others], float32; raises HastenError for one with NaN or infinite numbers."""
+    matrix = weight.detach().reshape(weight.shape[0], -1).float()
+    check_finite(matrix, "the weight holds numbers that are NaN or infinite")
+    return matrix
+
+
+def check_finite(values: torch.Tensor, otherwise: str) -> None:
+    """Raise HastenError unless all numbers are finite; those without storage (on the meta device) pass."""
+    if values.device.type != "meta" and not (good := values.isfinite()).all():
+        raise HastenError(f"{otherwise} ({values.numel() - int(good.sum())} of {values.numel()} places).")
+
+
 def grouped(values: torch.Tensor, group: int) -> torch.Tensor:
     """[rows, columns] as [rows, groups, group]."""
-    return values.reshape(values.shape[0], -1, group)
+    return values.reshape(values.shape[0], values.shape[1] // group, group)
 
 
 def quantize_integer(
@@ -42,10 +56,11 @@ def quantize_integer(
             (0 included) is divided into 2**bits - 1 steps.
         scales: type in which scales are stored; weights are rounded with the stored ones.
     """
-    matrix = weight.detach().reshape(weight.shape[0], -1).float()
+    matrix = as_matrix(weight)
     parts = grouped(matrix, fitting_group(matrix.shape[1], group))
     scale, zero = symmetric_grid(parts, bits) if symmetric else affine_grid(parts, bits)
-    return with_scales(weight.shape, matrix, bits, positive(scale.to(scales)), zero)
+    check_finite(scale := scale.to(scales), f"scales of type {scales} overflow")
+    return with_scales(weight.shape, matrix, bits, positive(scale), zero)
 
 
 def symmetric_grid(parts: torch.Tensor, bits: int) -> tuple[torch.Tensor, None]:
@@ -82,7 +97,7 @@ def with_scales(
 
 def quantize_float8(weight: torch.Tensor, number: str = "float8_e4m3fn", *, block: str = "row") -> QuantizedWeight:
     """Round to 8-bit floats that share a scale over the `tensor`, a `row`, or a `block` of 128 x 128."""
-    matrix = weight.detach().reshape(weight.shape[0], -1).float()
+    matrix = as_matrix(weight)
     scale = positive(float8_range(matrix, block) / FLOAT8[number])
     codes = (matrix / spread(scale, matrix.shape[1])).to(NUMBERS[number].dtype)
     return QuantizedWeight(tuple(weight.shape), NUMBERS[number], matrix.shape[1], codes, Scales(scale))
@@ -101,13 +116,14 @@ def float8_range(matrix: torch.Tensor, block: str) -> torch.Tensor:
 
 def quantize_table(weight: torch.Tensor, table: torch.Tensor, bits: int, group: int) -> QuantizedWeight:
     """Round to the nearest entry of a table of 2**bits numbers up to 1, times the greatest magnitude of the group."""
-    matrix = weight.detach().reshape(weight.shape[0], -1).float()
+    matrix = as_matrix(weight)
     scale = positive(grouped(matrix, fitting_group(matrix.shape[1], group)).abs().amax(-1))
     codes = nearest_entry(matrix / spread(scale, matrix.shape[1]), table.to(matrix.device))
     number = NUMBERS[f"table{bits}"]
     return QuantizedWeight(
         tuple(weight.shape), number, matrix.shape[1], pack(codes, bits) if number.packed else codes, Scales(scale),
-        table=table.float().to(matrix.device),
+        # A copy, so that no two layers share it: files of weights refuse that.
+        table=table.to(matrix.device, torch.float32, copy=True),
     )  # fmt: skip
 
 

@@ -80,13 +80,16 @@ class QuantizedWeight:
 
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Cut a fused weight into parts of so many outputs, without dequantizing. Groups must not cross the cuts."""
-        if sum(sizes) != self.shape[0] or self.codes.shape[0] * min(sizes) % self.shape[0]:
-            raise ValueError(f"a weight of {self.shape[0]} outputs cannot be cut into {list(sizes)}.")
-        step = self.codes.shape[0] / self.shape[0]
-        if any(size * step % 1 for size in sizes):
+        rows, outputs = self.codes.shape[0], self.shape[0]
+        if sum(sizes) != outputs:
+            raise ValueError(f"a weight of {outputs} outputs cannot be cut into {list(sizes)}.")
+        if any(size * rows % outputs for size in sizes):
             raise ValueError(f"groups of the weight cross the borders between {list(sizes)} outputs.")
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        return [self._part(int(s * step), int((s + n) * step), n) for s, n in zip(starts, sizes, strict=True)]
+        ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+        return [
+            self._part((end - size) * rows // outputs, end * rows // outputs, size)
+            for end, size in zip(ends, sizes, strict=True)
+        ]
 
     def _part(self, start: int, end: int, outputs: int) -> QuantizedWeight:
         return replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -56,26 +56,45 @@ def find_folder(name: str) -> Path | None:
     raise UnknownName("bundled model or local folder", name, bundled())
 
 
-def load(name: str, *, device: str | None = None, dtype: str | None = None) -> LoadedModel:
+def load(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    components: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+) -> LoadedModel:
     """Load a pipeline by bundled name, local folder or hub id, onto `device` (default: a GPU if there is one).
 
-    `dtype` is a torch type's name; the default is float32 on the CPU and bfloat16 on a GPU. Raises HastenError
-    for unknown names, folders that hold no pipeline, and damaged weight files; OutOfMemory where it does not fit.
+    `dtype` is a torch type's name; the default is float32 on the CPU and bfloat16 on a GPU, or what `dtypes` says for
+    a component. `components` take the places of the folder's own, which are not read. Raises HastenError for unknown
+    names, folders that hold no pipeline, and damaged weight files; OutOfMemory where it does not fit.
     """
-    import torch
-
     from hasten.core.memory_limit import within_memory
 
     folder = find_folder(name)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = dtype_named(dtype or ("float32" if where.startswith("cpu") else "bfloat16"))
-    pipeline = _load_pipeline(name, folder, torch_dtype)
+    where = device_for(device)
+    found = {key: dtype_named(value) for key, value in (dtypes or {}).items()} if dtype is None else {}
+    found["default"] = dtype_named(dtype_for(where, dtype))
+    pipeline = _load_pipeline(name, folder, found if len(found) > 1 else found["default"], components or {})
     try:
         pipeline = within_memory(lambda: pipeline.to(where), name)
     except (RuntimeError, AssertionError) as error:
         raise HastenError(f"The device {where!r} cannot be used: {_first_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return LoadedModel(name, pipeline, default_workload(folder))
+
+
+def device_for(device: str | None) -> str:
+    """The device that is meant: by default a GPU if there is one."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_for(device: str, dtype: str | None) -> str:
+    """The name of the type that is meant: by default float32 on the CPU and bfloat16 elsewhere."""
+    return dtype or ("float32" if device.startswith("cpu") else "bfloat16")
 
 
 def dtype_named(name: str) -> Any:
@@ -125,13 +144,13 @@ def _end_of_data(header: bytes, file: Path) -> int:
         raise HastenError(f"{file} is damaged: its header is not valid.") from None
 
 
-def _load_pipeline(name: str, folder: Path | None, torch_dtype: Any) -> Any:
+def _load_pipeline(name: str, folder: Path | None, torch_dtype: Any, components: Mapping[str, Any]) -> Any:
     import diffusers
 
     for file in sorted(folder.rglob("*.safetensors")) if folder else ():
         check_safetensors(file)
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(str(folder or name), torch_dtype=torch_dtype)
+        return diffusers.DiffusionPipeline.from_pretrained(str(folder or name), torch_dtype=torch_dtype, **components)
     except Exception as error:
         if folder:
             raise HastenError(f"Cannot load the folder {folder}: {_first_line(error)}") from error

@@ -24,6 +24,7 @@ class Int8Linear(LinearQuantizer):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2211.10438"
     convolutions: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
 
     activations: Literal["int8", "none"] = field(
         default="int8", metadata=about("what activations are rounded to before the product")

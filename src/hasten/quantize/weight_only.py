@@ -25,6 +25,7 @@ class WeightOnly(LinearQuantizer):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1712.05877"
     convolutions: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
 
     bits: int = field(default=4, metadata=about("bits of a code", ge=2, le=8))
     group: int = field(

@@ -16,7 +16,8 @@ from hasten.core.resolve import resolve
 from hasten.core.target import Target
 from hasten.core.technique import Stage
 from hasten.core.workload import Workload
-from hasten.models import LoadedModel, load
+from hasten.formats.loading import load
+from hasten.models import LoadedModel
 from hasten.search.predict import Prediction, Profile, predict, profile
 from hasten.search.prediction.devices import Device, find_device
 from hasten.search.prediction.here import device_here
@@ -104,19 +105,21 @@ def advice(following: Prediction | None) -> str:
     return f'Next to try: -r "{following.recipe}" ({size}{price}), or --fallback, which does so by itself.'
 
 
-def load_or_park(name: str, *, device: str | None, dtype: str | None, fallback: bool) -> tuple[LoadedModel, bool]:
+def load_or_park(
+    name: str, *, device: str | None, dtype: str | None, fallback: bool, base: str | None = None
+) -> tuple[LoadedModel, bool]:
     """Load a model; where it does not fit on the GPU and `fallback` is set, into host memory (then also True).
 
-    Without it, OutOfMemory ends with what to try next.
+    Without it, OutOfMemory ends with what to try next. `base` is the pipeline that a file of weights goes into.
     """
     try:
-        return load(name, device=device, dtype=dtype), False
+        return load(name, base=base, device=device, dtype=dtype), False
     except OutOfMemory as error:
         if not fallback:
             raise error.advised(_before_loading(name)) from None
     gc.collect()
     torch.cuda.empty_cache()
-    return load(name, device="cpu", dtype=dtype or "bfloat16"), True
+    return load(name, base=base, device="cpu", dtype=dtype or "bfloat16"), True
 
 
 def _before_loading(name: str) -> str:

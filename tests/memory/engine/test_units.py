@@ -102,7 +102,7 @@ def test_weights_taken_care_of_are_left_out_and_come_back() -> None:
 
 
 def test_nothing_is_remembered_of_a_network_that_is_gone() -> None:
-    from hasten.memory.engine import away
+    from hasten.core import away
 
     net = Net()
     take_away(net, net.parameters())

@@ -13,6 +13,7 @@ from torch import nn
 from hasten.core.away import taken_away
 from hasten.core.intercept import base_class
 from hasten.core.target import Target
+from hasten.kernels.prepared import PreparedLinear, raw_weight
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,6 +27,9 @@ class Site:
     """Of the layer, relative to the component."""
     parent: nn.Module
     layer: nn.Linear | nn.Conv2d
+    """The layer that is quantized: the inner one, if what stands in the place prepares its input."""
+    wrapper: PreparedLinear | None = None
+    """What stands in the place, if it prepares the input of `layer`."""
 
     @property
     def name(self) -> str:
@@ -38,6 +42,18 @@ class Site:
         return self.layer.weight.detach()
 
     @property
+    def raw_weight(self) -> torch.Tensor:
+        """The weight for inputs of the place as they come, without smoothing and rotation: float32."""
+        if self.wrapper is None:
+            return self.weight.float()
+        return raw_weight(self.weight, self.wrapper.smooth, self.wrapper.rotation)
+
+    @property
+    def present(self) -> nn.Module:
+        """What stands in the place; its inputs are those of the network."""
+        return self.wrapper or self.layer
+
+    @property
     def is_conv(self) -> bool:
         """Is it a convolution?"""
         return isinstance(self.layer, nn.Conv2d)
@@ -48,30 +64,61 @@ def chosen_components(target: Target, patterns: Iterable[str]) -> list[str]:
     return [name for name in target.modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def sites(target: Target, components: Iterable[str], skip: Iterable[str], convolutions: bool = False) -> list[Site]:
+def sites(
+    target: Target,
+    components: Iterable[str],
+    skip: Iterable[str],
+    convolutions: bool = False,
+    *,
+    everywhere: bool = False,
+) -> list[Site]:
     """The linears (and 1 x 1 convolutions) in the blocks of components, less those that match `skip`.
 
-    What stands outside of numbered blocks - embeddings, the first and the last projection - is never taken, nor are
-    adapters (LoRA), layers that the model wants in float32, weights that another technique has taken over, and layers
-    whose inputs or outputs are no multiple of 8, of which neither packed rows nor products of 8 bits can be made.
+    A linear whose input is prepared (smoothed, rotated) counts as one site; its `layer` is the one with the weight.
+    What stands outside of numbered blocks - embeddings, the first and the last projection - is taken only if
+    `everywhere` is set. Never taken are adapters (LoRA), layers that the model wants in float32, weights that another
+    technique has taken over, and layers whose inputs or outputs are no multiple of 8, of which neither packed rows
+    nor products of 8 bits can be made.
     """
-    return [
-        site for name in chosen_components(target, components) for site in _in(target, name, tuple(skip), convolutions)
-    ]
+    names, left_out = chosen_components(target, components), tuple(skip)
+    found = (site for name in names for site in _in(target, name, left_out, convolutions))
+    return [site for site in found if everywhere or in_block(site.path)]
+
+
+def in_block(path: str) -> bool:
+    """Is a layer of that path in a numbered block?"""
+    return any(part.isdigit() for part in path.split("."))
+
+
+def obstacles(component: str, found: list[Site]) -> Iterator[str]:
+    """Why layers of a component, as they are now, can be neither rotated nor quantized."""
+    if not found:
+        yield f"the {component} has no linear layers in blocks to work on."
+    kinds = {str(site.weight.dtype) for site in found if site.weight.dtype not in FLOATING}
+    kinds |= {type(site.layer.weight.data).__name__ for site in found} - {"Tensor"}
+    if kinds:
+        yield f"weights of the {component} are of type {' and '.join(sorted(kinds))} and cannot be quantized again."
+    if any(hasattr(site.layer, "_hf_hook") or hasattr(site.layer, "_diffusers_hook") for site in found):
+        yield f"the layers of the {component} carry hooks of accelerate or diffusers; take those off first."
 
 
 def _in(target: Target, component: str, skip: tuple[str, ...], convolutions: bool) -> Iterator[Site]:
     network = target.modules[component]
     away = {id(tensor) for tensor in taken_away(network)}
     wide = set(cast("Iterable[str]", getattr(network, "_keep_in_fp32_modules", None) or ()))
-    for path, layer in network.named_modules():
+    inner = {id(module.linear) for module in network.modules() if isinstance(module, PreparedLinear)}
+    for path, module in network.named_modules():
+        wrapper = module if isinstance(module, PreparedLinear) else None
+        layer = wrapper.linear if wrapper else module
         parts = path.split(".")
-        if not _takes(layer, convolutions) or not any(part.isdigit() for part in parts) or wide.intersection(parts):
+        if not _takes(layer, convolutions) or wide.intersection(parts):
             continue
-        if id(layer.weight) in away or any(fnmatchcase(path, pattern) for pattern in ("*lora_*", *skip)):
+        if id(module) in inner or id(layer.weight) in away:
+            continue
+        if any(fnmatchcase(path, pattern) for pattern in ("*lora_*", *skip)):
             continue
         parent = network.get_submodule(path.rpartition(".")[0])
-        yield Site(component, path, parent, cast(nn.Linear, layer))
+        yield Site(component, path, parent, cast(nn.Linear, layer), wrapper)
 
 
 def _takes(layer: nn.Module, convolutions: bool) -> bool:

@@ -22,7 +22,7 @@ class StraightThrough(nn.Module):
     through the rounding as if it were not there: the straight-through estimator, https://arxiv.org/abs/1308.3432.
     """
 
-    def __init__(self, site: Site, base_layer: Quantized, quantize: Callable[[Site], Quantized]) -> None:
+    def __init__(self, site: Site, base_layer: Quantized, quantize: Callable[[Site], nn.Module]) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.master = nn.Parameter(site.weight.float().clone())
@@ -41,7 +41,7 @@ class StraightThrough(nn.Module):
         """Make the codes anew from the weight as it is now; returns them."""
         place = self._place[0]
         place.layer.weight = nn.Parameter(self.master.detach(), requires_grad=False)
-        made = self._quantize(place)
+        made = cast(Quantized, self._quantize(place))
         for name, tensor in made._buffers.items():
             self.base_layer._buffers[name] = tensor
         return made.quantized

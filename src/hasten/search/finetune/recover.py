@@ -23,6 +23,7 @@ from hasten.core.session import Session, accelerate
 from hasten.core.target import Target
 from hasten.core.technique import Stage, Technique
 from hasten.core.workload import Workload
+from hasten.kernels.modules import Quantized
 from hasten.measure.progress import Progress, Silent
 from hasten.models import GENERAL_PROMPTS
 from hasten.quantize.engine.linear_quantizer import LinearQuantizer, Replaced
@@ -150,7 +151,8 @@ def quantized_layers(session: Session) -> Quantizations:
     for technique in session.recipe:
         if isinstance(technique, LinearQuantizer):
             for site, module in session.state(technique, Replaced).places:
-                yield technique, site, module
+                if isinstance(module, Quantized):  # not a layer of another library
+                    yield technique, site, module
 
 
 def install(pipeline: object, file: str | Path) -> None:

@@ -105,6 +105,8 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> PlannedModel:
     for part, entry in index.items():
         if _names_a_network(entry) and (file := folder / part / "config.json").is_file():
             config = cast("dict[str, Any]", read_json(file))
+            if "quantization_config" in config:
+                raise HastenError(f"{file.parent} holds quantized weights; plan for the model that they were made of.")
             parts[part] = build(entry[0], entry[1], config, dtype)
     if "scheduler" in index:
         library, cls = cast("list[str]", index["scheduler"])

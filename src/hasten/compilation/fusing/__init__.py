@@ -1,0 +1,1 @@
+"""Runs blocks from their declarations, with fused kernels between the products."""

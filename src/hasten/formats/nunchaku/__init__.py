@@ -1,0 +1,1 @@
+"""SVDQuant files of nunchaku and of nunchaku_lite."""

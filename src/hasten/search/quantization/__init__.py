@@ -1,0 +1,1 @@
+"""Calibration of quantizers, choice of bits by layer, and the gate that a quantized pipeline has to pass."""
