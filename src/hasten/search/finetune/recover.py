@@ -5,7 +5,6 @@ No data are needed: prompts are enough, and the model is its own teacher (distil
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -28,38 +27,17 @@ from hasten.measure.progress import Progress, Silent
 from hasten.models import GENERAL_PROMPTS
 from hasten.quantize.engine.linear_quantizer import LinearQuantizer, Replaced
 from hasten.quantize.lora import LoRA
-from hasten.quantize.training.trainable import Quantizations, Trainable, TrainedAdapters, TrainedWeights
-from hasten.search.finetune.optimizer import OPTIMIZERS, optimizer
-from hasten.search.finetune.teacher import Teacher
-from hasten.search.finetune.trajectories import Example, parameters_of, record
+from hasten.quantize.training.trainable import Quantizations, TrainedAdapters, TrainedWeights
+from hasten.search.finetune.effects import Effects, measure
+from hasten.search.finetune.learning import Lessons, Training, learn
+from hasten.search.finetune.optimizer import OPTIMIZERS
+from hasten.search.finetune.trajectories import Example, record, reduced, subjects
 
 Method = Literal["lora", "qat"]
 RATES = {"lora": 2e-3, "qat": 1e-4}
 """Learning rates that suit the methods."""
-WARM_UP = 20
-"""Steps in which the rate rises."""
 SMOOTHED = 20
 """Steps whose mean loss is told as that of the beginning and of the end."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how a model is trained."""
-
-    steps: int = 600
-    minutes: float | None = None
-    """Ends training earlier; the learning rate falls to 0 by then."""
-    pictures: int = 64
-    """Pictures of the plain model whose steps are learnt from. Few make the model good at these alone."""
-    batch: int = 4
-    """Pictures in one step of training."""
-    rank: int = 16
-    """Of adapters."""
-    rate: float | None = None
-    """Learning rate; None is what suits the method."""
-    optimizer: str = "auto"
-    """auto, adamw or adamw8bit (bitsandbytes)."""
-    seed: int = 0
 
 
 @dataclass
@@ -70,7 +48,9 @@ class FineTuned:
     file: Path
     recipe: Recipe
     losses: list[float] = field(default_factory=list[float])
-    """Mean squared difference to the teacher's output at each step, relative to the mean square of that output."""
+    """Mean squared error of calls at each step, relative to that of such calls before training."""
+    effects: Effects | None = None
+    """What the error of each call did to pictures before training."""
     seconds: float = 0.0
     trained: int = 0
     """Numbers that were trained."""
@@ -120,6 +100,7 @@ def finetune(
         raise UnknownName("method of fine-tuning", method, RATES)
     whole, how, told = as_recipe(recipe), training or Training(), progress or Silent()
     work = workload or Workload(prompts=GENERAL_PROMPTS)
+    short = work.replace(steps=min(how.visits, work.steps))
     early = Recipe(tuple(_with_originals(item) for item in whole if item.stage <= Stage.WEIGHTS))
     if not any(isinstance(item, LinearQuantizer) for item in early):
         raise Refused([f"{whole} quantizes nothing, so that there is nothing to win back."])
@@ -129,21 +110,34 @@ def finetune(
     ensure_writable(path.parent)
     told.start(1, how.pictures + how.steps)
     told.row("the plain model draws")
-    examples = record(pipeline, work, how.pictures, how.batch, told)
+    device = Target.of(pipeline).device
+    with reduced(device, how.reduced):
+        examples = record(pipeline, short, how.pictures, how.batch, told)
     names = {name: list(part.state_dict()) for name, part in Target.of(pipeline).modules.items()}
     result = FineTuned(method, path, whole)
     with accelerate(pipeline, early) as session, _changes() as patch:
         layers = list(quantized_layers(session))
+        first = subjects(short, 0, min(how.batch, how.pictures))
+        with reduced(device, how.reduced):
+            seen = examples[: _calls(examples)]
+            result.effects = measure(session.target, [site for _, site, _ in layers], short, seen, first)
         trainable = (
             TrainedAdapters(layers, how.rank, patch) if method == "lora" else TrainedWeights(layers, names, patch)
         )
         told.row("training")
-        teacher = Teacher(session.target, [site for _, site, _ in layers])
-        _train(teacher, trainable, examples, how, how.rate or RATES[method], result, told)
+        result.trained, began = sum(one.numel() for one in trainable.parameters()), time.perf_counter()
+        lessons = Lessons(session.target, examples, result.effects, work.guidance)
+        result.losses = learn(lessons, trainable, session.target, how, how.rate or RATES[method], told)
+        result.seconds = time.perf_counter() - began
         trainable.save(path)
     if method == "lora":
         result.recipe = whole | LoRA(adapters=(str(path),))
     return result
+
+
+def _calls(examples: list[Example]) -> int:
+    """How many calls make a picture."""
+    return 1 + max(example.call for example in examples)
 
 
 def quantized_layers(session: Session) -> Quantizations:
@@ -186,72 +180,3 @@ def _changes() -> Generator[Patch]:
 def _with_originals(technique: Technique) -> Technique:
     """The teacher needs the original weights at hand."""
     return replace(technique, originals="keep") if isinstance(technique, LinearQuantizer) else technique
-
-
-def _train(
-    teacher: Teacher,
-    trainable: Trainable,
-    examples: list[Example],
-    how: Training,
-    rate: float,
-    result: FineTuned,
-    progress: Progress,
-) -> None:
-    networks, device = [denoiser.module for denoiser in teacher.target.denoisers], teacher.target.device
-    parameters, began = trainable.parameters(), time.perf_counter()
-    draws = _order(len(examples), how)
-    result.trained = sum(parameter.numel() for parameter in parameters)
-    steps = optimizer(how.optimizer, parameters, device)
-    try:
-        with _frozen(networks, parameters), torch.enable_grad():
-            for step in range(how.steps):
-                done = _done(step, how, time.perf_counter() - began)
-                if done >= 1:
-                    break
-                trainable.before_step()
-                output, inside = teacher.losses(examples[draws[step]].on(device))
-                _step(
-                    steps, output + inside, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
-                )
-                result.losses.append(float(output.detach()))
-                progress.advance()
-    except KeyboardInterrupt:
-        if not result.losses:
-            raise
-    trainable.before_step()
-    result.seconds = time.perf_counter() - began
-
-
-def _order(examples: int, how: Training) -> list[int]:
-    """Which example each step learns from: all of them in a new order, again and again."""
-    generator, rounds = torch.Generator().manual_seed(how.seed), -(-how.steps // examples)
-    return torch.cat([torch.randperm(examples, generator=generator) for _ in range(rounds)]).tolist()
-
-
-def _done(step: int, how: Training, seconds: float) -> float:
-    """The share of training that is over, by steps or by time."""
-    return max(step / how.steps, seconds / (60 * how.minutes) if how.minutes else 0.0)
-
-
-def _step(steps: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> None:
-    if not loss.isfinite():
-        raise HastenError("Training has run away (the loss is no finite number); use a smaller learning rate.")
-    for group in steps.param_groups:
-        group["lr"] = rate
-    steps.zero_grad()
-    loss.backward()
-    steps.step()
-
-
-@contextmanager
-def _frozen(networks: list[torch.nn.Module], trained: list[torch.Tensor]) -> Generator[None]:
-    """Only what is trained gets gradients."""
-    chosen = {id(parameter) for parameter in trained}
-    others = [one for one in parameters_of(networks) if one.requires_grad and id(one) not in chosen]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_()
