@@ -1,13 +1,13 @@
 """How much of what 4 bits lose does training win back, in a few minutes?
 
-    python benchmarks/quantization/recover.py [MODEL...] [--methods lora qat]                # some minutes of a CPU
-    python benchmarks/quantization/recover.py --device cuda --batch 32 --rate 5e-4 --minutes 1    # of a GPU
+    python benchmarks/quantization/recover.py [MODEL...] [--methods lora qat]                # minutes of a CPU
+    python benchmarks/quantization/recover.py --device cuda --batch 32 --minutes 0.75    # one of a GPU
 
 For each model: fidelity to the plain model (28 steps, same prompts and seeds) of 8-bit, of plain 4-bit and of trained
 4-bit weights, on prompts and seeds that training has not seen. Lost is the mean squared error of the pictures of 4 bits
 (values 0 to 1, mean over all pictures), recovered is 1 - trained / untrained: half is 3 dB. Processor seconds count the
 whole of fine-tuning: the plain model's pictures, the effect of each call, and training. Raw numbers go to
-results/recover-MODEL.json (recover-MODEL-cuda.json).
+results/recover-MODEL.json (recover-MODEL-cuda.json), in which rows with other names stay.
 """
 
 from __future__ import annotations
@@ -62,29 +62,35 @@ def row(name: str, found: np.ndarray, plain: np.ndarray) -> dict[str, Any]:
     return {**made, "psnr_each": [round(float(one), 2) for one in decibels]}
 
 
-def recover(model: str, methods: list[Method], training: Training, device: str, folder: Path) -> dict[str, Any]:
-    """All rows of one model."""
-    loaded = hasten.load(model, device=device, dtype=torch.float32)
+def recover(model: str, methods: list[Method], training: Training, device: str, folder: Path, file: Path) -> None:
+    """Measure the rows of one model, and write them to `file` after each method."""
+    loaded = hasten.load(model, device=device, dtype="float32")
     pipeline, known = loaded.pipeline, json.loads(PROMPTS.read_text("utf-8"))["models"][model]["evaluation"]
     held_out = known[:HELD_OUT]
     taught = to_learn_from(model, {prompt.partition(",")[0] for prompt, _ in held_out})
     print(f"{model}: {len(taught)} prompts to train with, {len(held_out)} held out", flush=True)
     plain = pictures(pipeline, Recipe(), loaded.workload, held_out)
     rows = [row(name, pictures(pipeline, name, loaded.workload, held_out), plain) for name in (EIGHT, FOUR)]
-    work = loaded.workload.replace(prompts=tuple(taught))
+    work, facts = loaded.workload.replace(prompts=tuple(taught)), environment(torch.device(device))
     for method in methods:
         wall, spent = time.perf_counter(), time.process_time()
         made = finetune(
             pipeline, FOUR, folder / f"{model}-{method}.safetensors", method=method, workload=work, training=training
         )
         cost = {"wall_seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - spent}
+        name = f"4 bits, {method}" + (f" of rank {training.rank}" if method == "lora" else "")
         with tuned(pipeline, made):
-            found = row(f"4 bits, {method}", pictures(pipeline, made.recipe, loaded.workload, held_out), plain)
-        rows.append(found | learnt(made, cost) | shares(rows[0], rows[1], found))
+            found = row(name, pictures(pipeline, made.recipe, loaded.workload, held_out), plain)
+        rows.append(found | shares(rows[0], rows[1], found) | learnt(made, cost) | {"training": vars(training)})
         print({key: value for key, value in rows[-1].items() if key != "psnr_each"}, flush=True)
-    facts = environment(torch.device(device))
-    return {"model": model, "quantized": FOUR, "held_out": held_out, "training": vars(training), "environment": facts,
-            "rows": rows}  # fmt: skip
+        told = {"model": model, "quantized": FOUR, "held_out": held_out, "environment": facts}
+        atomic_write_text(file, json_text({**told, "rows": [*rows, *others(file, rows)]}))
+
+
+def others(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of earlier runs, with other settings, that stay in a file."""
+    known, names = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else [], {one["row"] for one in rows}
+    return [one for one in known if one["row"] not in names]
 
 
 @contextmanager
@@ -148,6 +154,5 @@ if __name__ == "__main__":
     named = ("steps", "pictures", "visits", "batch", "calls", "rank", "rate", "minutes")
     how = Training(**{name: getattr(given, name) for name in named})
     for one in given.models:
-        found = recover(one, given.methods, how, given.device, given.folder)
         kind = "" if given.device == "cpu" else f"-{given.device}"
-        atomic_write_text(given.json / f"recover-{one}{kind}.json", json_text(found))
+        recover(one, given.methods, how, given.device, given.folder, given.json / f"recover-{one}{kind}.json")

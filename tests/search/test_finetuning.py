@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 import hasten
 from hasten.cli import app
 from hasten.core.errors import HastenError, Refused, UnknownName
+from hasten.core.registry import specs
+from hasten.core.target import Target
 from hasten.core.workload import Workload
 from hasten.measure.progress import Silent
 from hasten.search.finetune import Training, finetune
@@ -65,14 +67,14 @@ def test_calls_are_drawn_by_what_their_error_does(pipeline: Any) -> None:
     assert {len(step) for step in drawn} == {2}
     flat = [example for step in drawn for example in step]
     assert sum(example.call == 0 for example in flat) / len(flat) == pytest.approx(0.75, abs=0.05)
-    images = [example.args[0] if example.args else example.kwargs["hidden_states"] for example in flat[:3]]
-    assert len({id(next(e for e in examples if e.call == 0)), *map(id, images)}) > 1
+    picture = {id(example): number // WORK.steps for number, example in enumerate(examples)}
+    assert {picture[id(example)] for example in flat[:3]} == {0, 1, 2}  # in turn, so that none is left out
     assert Effects((1.0, 1.0), (0.0, 0.0)).chances.tolist() == [0.5, 0.5]
 
 
 def test_the_error_is_that_of_the_guided_sum() -> None:
     with_text, without = torch.ones(1, 2), torch.zeros(1, 2)
-    spec = SPECS_BY_NAME["dit"]
+    spec = specs()["dit"]
     assert guided(torch.cat([with_text, without]), spec, 3.0).tolist() == [[3.0, 3.0]]
     assert len(guided(torch.cat([with_text, without]), spec, 1.0)) == 2
     assert len(guided(torch.cat([with_text, without]), spec, None)) == 2
@@ -103,7 +105,7 @@ def test_it_learns_and_leaves_the_pipeline_as_it_came(pipeline: Any, method: Any
     untrained = difference("WeightOnly(bits=3)")
     if method == "qat":
         made.install(pipeline)
-    assert difference(made.recipe) < 0.8 * untrained
+    assert difference(made.recipe) < 0.9 * untrained
     with torch.no_grad():
         for name, weight in pipeline.transformer.named_parameters():
             weight.copy_(before[name])

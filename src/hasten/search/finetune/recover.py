@@ -34,7 +34,7 @@ from hasten.search.finetune.optimizer import OPTIMIZERS
 from hasten.search.finetune.trajectories import Example, record, reduced, subjects
 
 Method = Literal["lora", "qat"]
-RATES = {"lora": 2e-3, "qat": 1e-4}
+RATES = {"lora": 1e-3, "qat": 1e-4}
 """Learning rates that suit the methods."""
 SMOOTHED = 20
 """Steps whose mean loss is told as that of the beginning and of the end."""

@@ -48,8 +48,8 @@ class Recorder:
         """A link around the denoiser."""
         given = cast("tuple[tuple[Any, ...], dict[str, Any]]", _map((args, kwargs), self._kept))
         result = call(*args, **kwargs)
-        call = len(self._examples) - self._before
-        self._examples.append(Example(self._index, call, *given, batch_of(result).detach().cpu().clone()))
+        number = len(self._examples) - self._before
+        self._examples.append(Example(self._index, number, *given, batch_of(result).detach().cpu().clone()))
         return result
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
