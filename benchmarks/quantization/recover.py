@@ -32,6 +32,7 @@ from hasten.core.target import Target
 from hasten.core.workload import Workload
 from hasten.measure.environment import environment
 from hasten.models import bundled
+from hasten.quantize import WeightOnly
 from hasten.search.finetune import FineTuned, Training, finetune
 from hasten.search.finetune.recover import Method
 from hasten.search.finetune.trajectories import several
@@ -81,7 +82,9 @@ def recover(model: str, methods: list[Method], training: Training, device: str, 
         name = f"4 bits, {method}" + (f" of rank {training.rank}" if method == "lora" else "")
         with tuned(pipeline, made):
             found = row(name, pictures(pipeline, made.recipe, loaded.workload, held_out), plain)
-        rows.append(found | shares(rows[0], rows[1], found) | learnt(made, cost) | {"training": vars(training)})
+        rows.append(
+            found | shares(rows[0], rows[1], found) | learnt(pipeline, made, cost) | {"training": vars(training)}
+        )
         print({key: value for key, value in rows[-1].items() if key != "psnr_each"}, flush=True)
         told = {"model": model, "quantized": FOUR, "held_out": held_out, "environment": facts}
         atomic_write_text(file, json_text({**told, "rows": [*rows, *others(file, rows)]}))
@@ -107,13 +110,15 @@ def tuned(pipeline: Any, made: FineTuned) -> Generator[None]:
             parameter.data.copy_(before[name])
 
 
-def learnt(made: FineTuned, cost: dict[str, float]) -> dict[str, Any]:
-    """What training took, and what it did to its own loss."""
+def learnt(pipeline: Any, made: FineTuned, cost: dict[str, float]) -> dict[str, Any]:
+    """What training took, what it did to its own loss, and the bits that 16-bit adapters add to each weight."""
+    weights = sum(site.weight.numel() for site in WeightOnly().takes(Target.of(pipeline)))
     assert made.effects is not None
     return {name: round(value, 1) for name, value in cost.items()} | {
         "training_seconds": round(made.seconds, 1),
         "steps": len(made.losses),
         "trained": made.trained,
+        "added_bits": round(16 * made.trained / weights, 2) if made.method == "lora" else 0.0,
         "bytes": made.file.stat().st_size,
         "loss_before": round(made.loss_before, 4),
         "loss_after": round(made.loss_after, 4),
