@@ -19,7 +19,7 @@ from hasten.search.finetune.optimizer import optimizer
 from hasten.search.finetune.trajectories import Example, batch_of, parameters_of, reduced
 
 WARM_UP = 20
-"""Steps in which the rate rises."""
+"""Steps in which the rate rises, a tenth of them at most."""
 MOMENTS = (0.9, 0.99)
 """Memory of the optimiser, for a few hundred steps."""
 
@@ -92,7 +92,8 @@ def learn(
                 trainable.before_step()
                 steps.zero_grad()
                 losses.append(_backward(lessons, [example.on(device) for example in examples], how))
-                _step(steps, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2)
+                rising = min(1.0, (step + 1) / min(WARM_UP, how.steps / 10))
+                _step(steps, rate * rising * (1 + math.cos(math.pi * done)) / 2)
                 told.advance()
     except KeyboardInterrupt:
         if not losses:

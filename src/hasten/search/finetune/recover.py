@@ -117,6 +117,7 @@ def finetune(
     result = FineTuned(method, path, whole)
     with accelerate(pipeline, early) as session, _changes() as patch:
         layers = list(quantized_layers(session))
+        told.row("what the error of each call does")
         first = subjects(short, 0, min(how.batch, how.pictures))
         with reduced(device, how.reduced):
             seen = examples[: _calls(examples)]
