@@ -26,6 +26,7 @@ from hasten.kernels.modules import Quantized
 from hasten.measure.progress import Progress, Silent
 from hasten.models import GENERAL_PROMPTS
 from hasten.quantize.engine.linear_quantizer import LinearQuantizer, Replaced
+from hasten.quantize.engine.sites import Site
 from hasten.quantize.lora import LoRA
 from hasten.quantize.training.trainable import Quantizations, TrainedAdapters, TrainedWeights
 from hasten.search.finetune.effects import Effects, measure
@@ -96,32 +97,21 @@ def finetune(
         training: how long and how.
         progress: is told of each picture and step.
     """
-    if method not in RATES:
-        raise UnknownName("method of fine-tuning", method, RATES)
-    whole, how, told = as_recipe(recipe), training or Training(), progress or Silent()
+    whole, how, told, path = as_recipe(recipe), training or Training(), progress or Silent(), Path(file)
     work = workload or Workload(prompts=GENERAL_PROMPTS)
-    short = work.replace(steps=min(how.visits, work.steps))
-    early = Recipe(tuple(_with_originals(item) for item in whole if item.stage <= Stage.WEIGHTS))
-    if not any(isinstance(item, LinearQuantizer) for item in early):
-        raise Refused([f"{whole} quantizes nothing, so that there is nothing to win back."])
-    if how.optimizer not in OPTIMIZERS:
-        raise UnknownName("optimizer", how.optimizer, OPTIMIZERS)
-    path = Path(file)
+    early = _checked(whole, method, how)
     ensure_writable(path.parent)
     told.start(1, how.pictures + how.steps)
     told.row("the plain model draws")
-    device = Target.of(pipeline).device
-    with reduced(device, how.reduced):
+    short = work.replace(steps=min(how.visits, work.steps))
+    with reduced(Target.of(pipeline).device, how.reduced):
         examples = record(pipeline, short, how.pictures, how.batch, told)
     names = {name: list(part.state_dict()) for name, part in Target.of(pipeline).modules.items()}
     result = FineTuned(method, path, whole)
     with accelerate(pipeline, early) as session, _changes() as patch:
         layers = list(quantized_layers(session))
         told.row("what the error of each call does")
-        first = subjects(short, 0, min(how.batch, how.pictures))
-        with reduced(device, how.reduced):
-            seen = examples[: _calls(examples)]
-            result.effects = measure(session.target, [site for _, site, _ in layers], short, seen, first)
+        result.effects = _effects(session.target, [site for _, site, _ in layers], short, examples, how)
         trainable = (
             TrainedAdapters(layers, how.rank, patch) if method == "lora" else TrainedWeights(layers, names, patch)
         )
@@ -136,9 +126,23 @@ def finetune(
     return result
 
 
-def _calls(examples: list[Example]) -> int:
-    """How many calls make a picture."""
-    return 1 + max(example.call for example in examples)
+def _checked(whole: Recipe, method: str, how: Training) -> Recipe:
+    """What is applied in training: all up to quantization, with the original weights kept at hand."""
+    if method not in RATES:
+        raise UnknownName("method of fine-tuning", method, RATES)
+    early = Recipe(tuple(_with_originals(item) for item in whole if item.stage <= Stage.WEIGHTS))
+    if not any(isinstance(item, LinearQuantizer) for item in early):
+        raise Refused([f"{whole} quantizes nothing, so that there is nothing to win back."])
+    if how.optimizer not in OPTIMIZERS:
+        raise UnknownName("optimizer", how.optimizer, OPTIMIZERS)
+    return early
+
+
+def _effects(target: Target, sites: list[Site], workload: Workload, examples: list[Example], how: Training) -> Effects:
+    """Measured with the pictures of the first call of the pipeline."""
+    first, calls = subjects(workload, 0, min(how.batch, how.pictures)), 1 + max(one.call for one in examples)
+    with reduced(target.device, how.reduced):
+        return measure(target, sites, workload, examples[:calls], first)
 
 
 def quantized_layers(session: Session) -> Quantizations:
