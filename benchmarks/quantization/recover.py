@@ -34,7 +34,7 @@ from hasten.measure.environment import environment
 from hasten.models import bundled
 from hasten.quantize import WeightOnly
 from hasten.search.finetune import FineTuned, Training, finetune
-from hasten.search.finetune.recover import Method
+from hasten.search.finetune.recover import RATES, Method
 from hasten.search.finetune.trajectories import several
 
 HERE = Path(__file__).parent
@@ -83,7 +83,10 @@ def recover(model: str, methods: list[Method], training: Training, device: str, 
         with tuned(pipeline, made):
             found = row(name, pictures(pipeline, made.recipe, loaded.workload, held_out), plain)
         rows.append(
-            found | shares(rows[0], rows[1], found) | learnt(pipeline, made, cost) | {"training": vars(training)}
+            found
+            | shares(rows[0], rows[1], found)
+            | learnt(pipeline, made, cost)
+            | {"training": vars(training) | {"rate": training.rate or RATES[method]}}
         )
         print({key: value for key, value in rows[-1].items() if key != "psnr_each"}, flush=True)
         told = {"model": model, "quantized": FOUR, "held_out": held_out, "environment": facts}

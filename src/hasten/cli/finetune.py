@@ -32,7 +32,7 @@ def finetune(
     file: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where it goes (.safetensors).")],
     method: Annotated[str, typer.Option(help="lora (adapters) or qat (the weights, through the rounding).")] = "lora",
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time for training; ends it early.")] = None,
-    train: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 800,
+    train: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 500,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of the plain model that are learnt from.")] = 512,
     visits: Annotated[int, typer.Option(min=1, help="Sampling steps of these pictures.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call of the model.")] = 4,

@@ -28,7 +28,7 @@ MOMENTS = (0.9, 0.99)
 class Training:
     """How long and how a model is trained."""
 
-    steps: int = 800
+    steps: int = 500
     minutes: float | None = None
     """Ends training earlier; the learning rate falls to 0 by then."""
     pictures: int = 512
