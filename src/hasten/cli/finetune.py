@@ -32,8 +32,10 @@ def finetune(
     file: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where it goes (.safetensors).")],
     method: Annotated[str, typer.Option(help="lora (adapters) or qat (the weights, through the rounding).")] = "lora",
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time for training; ends it early.")] = None,
-    train: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 600,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures of the plain model that are learnt from.")] = 32,
+    train: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 500,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of the plain model that are learnt from.")] = 512,
+    visits: Annotated[int, typer.Option(min=1, help="Sampling steps of these pictures.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call of the model.")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="Rank of adapters.")] = 16,
     rate: Annotated[float | None, typer.Option(help="Learning rate; default: what suits the method.")] = None,
     optimizer: Annotated[str, typer.Option(help="auto, adamw or adamw8bit (bitsandbytes).")] = "auto",
@@ -49,7 +51,7 @@ def finetune(
     from hasten.measure.progress import OnTerminal
     from hasten.models import load
     from hasten.search.finetune import finetune as train_model
-    from hasten.search.finetune.recover import Training
+    from hasten.search.finetune.learning import Training
 
     applied = load_recipe(recipe)
     quiet()
@@ -57,7 +59,8 @@ def finetune(
     chosen = read_prompts(prompts) if prompts else loaded.workload.prompts
     workload = adjusted(loaded.workload, prompts=chosen, steps=steps, size=size, guidance=guidance)
     training = Training(
-        steps=train, minutes=minutes, pictures=pictures, rank=rank, rate=rate, optimizer=optimizer
+        steps=train, minutes=minutes, pictures=pictures, visits=visits, batch=batch, rank=rank, rate=rate,
+        optimizer=optimizer,
     )  # fmt: skip
     with OnTerminal(out) as progress:
         made = train_model(
@@ -69,10 +72,9 @@ def finetune(
 
 
 def _told(made: FineTuned, model: str) -> list[str]:
-    before, after = made.loss_before, made.loss_after
     lines = [
-        f"{made.trained:,} numbers trained in {len(made.losses)} steps ({made.seconds:.0f} s): the difference to the "
-        f"plain model's outputs fell from {before:.2e} to {after:.2e}.",
+        f"{made.trained:,} numbers trained in {len(made.losses)} steps ({made.seconds:.0f} s): the denoiser's outputs "
+        f"err by {made.loss_after:.0%} (squared) of what they did.",
         f"Written to {made.file}.",
     ]
     if made.method == "lora":

@@ -18,7 +18,7 @@ from hasten.quantize.engine.sites import Site
 class StraightThrough(nn.Module):
     """A quantized layer whose codes follow a weight in float32, the one that is trained.
 
-    The output is exactly that of the quantized layer, with its rounding of activations and all. The gradient passes
+    The output is that of the quantized layer, with its rounding of activations and all. The gradient passes
     through the rounding as if it were not there: the straight-through estimator, https://arxiv.org/abs/1308.3432.
     """
 
@@ -29,10 +29,15 @@ class StraightThrough(nn.Module):
         layer = nn.Linear(1, 1, bias=False) if not site.is_conv else nn.Conv2d(1, 1, 1, bias=False)
         self._place = (replace(site, layer=layer),)  # in a tuple, so that it is no sub-module
         self._quantize = quantize
+        self._rounded = base_layer.effective()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the quantized layer gives."""
-        plain = self._plain(x.detach())
+        if self.base_layer.activations == "none":
+            # The difference is 0: it brings the weight's gradient with it.
+            weight = self._rounded + (self.master - self.master.detach())
+            return self._product(x, weight, self.base_layer.bias)
+        plain = self._product(x.detach(), self.master)
         # The difference is 0: it brings the gradient of a plain product with it, and no value.
         return self.base_layer(x) + (plain - plain.detach())
 
@@ -44,6 +49,7 @@ class StraightThrough(nn.Module):
         made = cast(Quantized, self._quantize(place))
         for name, tensor in made._buffers.items():
             self.base_layer._buffers[name] = tensor
+        self._rounded = self.base_layer.effective()
         return made.quantized
 
     @property
@@ -56,6 +62,6 @@ class StraightThrough(nn.Module):
         """That of the layer."""
         return cast("torch.Tensor | None", self.base_layer.bias)
 
-    def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        master = self.master.to(x.dtype)
-        return F.linear(x, master) if master.dim() == 2 else F.conv2d(x, master)
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight, bias) if weight.dim() == 2 else F.conv2d(x, weight, bias)

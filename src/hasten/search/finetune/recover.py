@@ -5,11 +5,10 @@ No data are needed: prompts are enough, and the model is its own teacher (distil
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,46 +19,26 @@ from hasten.core.files import ensure_writable
 from hasten.core.patch import Patch
 from hasten.core.recipe import Recipe, as_recipe
 from hasten.core.session import Session, accelerate
-from hasten.core.spec import DenoiserSpec
-from hasten.core.target import Denoiser, Target
+from hasten.core.target import Target
 from hasten.core.technique import Stage, Technique
 from hasten.core.workload import Workload
 from hasten.kernels.modules import Quantized
 from hasten.measure.progress import Progress, Silent
 from hasten.models import GENERAL_PROMPTS
 from hasten.quantize.engine.linear_quantizer import LinearQuantizer, Replaced
+from hasten.quantize.engine.sites import Site
 from hasten.quantize.lora import LoRA
-from hasten.quantize.training.trainable import Quantizations, Trainable, TrainedAdapters, TrainedWeights
-from hasten.search.finetune.optimizer import OPTIMIZERS, optimizer
-from hasten.search.finetune.trajectories import Example, batch_of, parameters_of, record
+from hasten.quantize.training.trainable import Quantizations, TrainedAdapters, TrainedWeights
+from hasten.search.finetune.effects import Effects, measure
+from hasten.search.finetune.learning import Lessons, Training, learn
+from hasten.search.finetune.optimizer import OPTIMIZERS
+from hasten.search.finetune.trajectories import Example, record, reduced, subjects
 
 Method = Literal["lora", "qat"]
-RATES = {"lora": 2e-3, "qat": 1e-4}
+RATES = {"lora": 1e-3, "qat": 1e-4}
 """Learning rates that suit the methods."""
-WARM_UP = 20
-"""Steps in which the rate rises."""
 SMOOTHED = 20
 """Steps whose mean loss is told as that of the beginning and of the end."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how a model is trained."""
-
-    steps: int = 600
-    minutes: float | None = None
-    """Ends training earlier; the learning rate falls to 0 by then."""
-    pictures: int = 32
-    """Pictures of the plain model whose steps are learnt from."""
-    batch: int = 4
-    """Pictures in one step of training."""
-    rank: int = 16
-    """Of adapters."""
-    rate: float | None = None
-    """Learning rate; None is what suits the method."""
-    optimizer: str = "auto"
-    """auto, adamw or adamw8bit (bitsandbytes)."""
-    seed: int = 0
 
 
 @dataclass
@@ -70,7 +49,9 @@ class FineTuned:
     file: Path
     recipe: Recipe
     losses: list[float] = field(default_factory=list[float])
-    """Mean squared difference to the teacher's (guided) output at each step, relative to its mean square."""
+    """Mean squared error of calls at each step, relative to that of such calls before training."""
+    effects: Effects | None = None
+    """What the error of each call did to pictures before training."""
     seconds: float = 0.0
     trained: int = 0
     """Numbers that were trained."""
@@ -116,34 +97,52 @@ def finetune(
         training: how long and how.
         progress: is told of each picture and step.
     """
-    if method not in RATES:
-        raise UnknownName("method of fine-tuning", method, RATES)
-    whole, how, told = as_recipe(recipe), training or Training(), progress or Silent()
+    whole, how, told, path = as_recipe(recipe), training or Training(), progress or Silent(), Path(file)
     work = workload or Workload(prompts=GENERAL_PROMPTS)
-    early = Recipe(tuple(item for item in whole if item.stage <= Stage.WEIGHTS))
-    if not any(isinstance(item, LinearQuantizer) for item in early):
-        raise Refused([f"{whole} quantizes nothing, so that there is nothing to win back."])
-    if how.optimizer not in OPTIMIZERS:
-        raise UnknownName("optimizer", how.optimizer, OPTIMIZERS)
-    path = Path(file)
+    early = _checked(whole, method, how)
     ensure_writable(path.parent)
     told.start(1, how.pictures + how.steps)
     told.row("the plain model draws")
-    examples = record(pipeline, work, how.pictures, how.batch, told)
+    short = work.replace(steps=min(how.visits, work.steps))
+    with reduced(Target.of(pipeline).device, how.reduced):
+        examples = record(pipeline, short, how.pictures, how.batch, told)
     names = {name: list(part.state_dict()) for name, part in Target.of(pipeline).modules.items()}
     result = FineTuned(method, path, whole)
     with accelerate(pipeline, early) as session, _changes() as patch:
         layers = list(quantized_layers(session))
+        told.row("what the error of each call does")
+        result.effects = _effects(session.target, [site for _, site, _ in layers], short, examples, how)
         trainable = (
             TrainedAdapters(layers, how.rank, patch) if method == "lora" else TrainedWeights(layers, names, patch)
         )
         told.row("training")
-        rate = how.rate or RATES[method]
-        _train(session.target, trainable, examples, work.guidance, how, rate, result, told)
+        result.trained, began = sum(one.numel() for one in trainable.parameters()), time.perf_counter()
+        lessons = Lessons(session.target, examples, result.effects, work.guidance)
+        result.losses = learn(lessons, trainable, session.target, how, how.rate or RATES[method], told)
+        result.seconds = time.perf_counter() - began
         trainable.save(path)
     if method == "lora":
         result.recipe = whole | LoRA(adapters=(str(path),))
     return result
+
+
+def _checked(whole: Recipe, method: str, how: Training) -> Recipe:
+    """What is applied in training: all up to quantization, with the original weights kept at hand."""
+    if method not in RATES:
+        raise UnknownName("method of fine-tuning", method, RATES)
+    early = Recipe(tuple(_with_originals(item) for item in whole if item.stage <= Stage.WEIGHTS))
+    if not any(isinstance(item, LinearQuantizer) for item in early):
+        raise Refused([f"{whole} quantizes nothing, so that there is nothing to win back."])
+    if how.optimizer not in OPTIMIZERS:
+        raise UnknownName("optimizer", how.optimizer, OPTIMIZERS)
+    return early
+
+
+def _effects(target: Target, sites: list[Site], workload: Workload, examples: list[Example], how: Training) -> Effects:
+    """Measured with the pictures of the first call of the pipeline."""
+    first, calls = subjects(workload, 0, min(how.batch, how.pictures)), 1 + max(one.call for one in examples)
+    with reduced(target.device, how.reduced):
+        return measure(target, sites, workload, examples[:calls], first)
 
 
 def quantized_layers(session: Session) -> Quantizations:
@@ -183,79 +182,6 @@ def _changes() -> Generator[Patch]:
         patch.close()
 
 
-def _train(
-    target: Target,
-    trainable: Trainable,
-    examples: list[Example],
-    guidance: float | None,
-    how: Training,
-    rate: float,
-    result: FineTuned,
-    progress: Progress,
-) -> None:
-    networks = [denoiser.module for denoiser in target.denoisers]
-    parameters, began = trainable.parameters(), time.perf_counter()
-    draws = torch.randint(len(examples), (how.steps,), generator=torch.Generator().manual_seed(how.seed)).tolist()
-    result.trained = sum(parameter.numel() for parameter in parameters)
-    steps = optimizer(how.optimizer, parameters, target.device)
-    try:
-        with _frozen(networks, parameters), torch.enable_grad():
-            for step in range(how.steps):
-                done = _done(step, how, time.perf_counter() - began)
-                if done >= 1:
-                    break
-                example = examples[draws[step]].on(target.device)
-                trainable.before_step()
-                loss = _loss(target.denoisers[example.denoiser], example, guidance)
-                _step(steps, loss, rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2)
-                result.losses.append(float(loss.detach()))
-                progress.advance()
-    except KeyboardInterrupt:
-        if not result.losses:
-            raise
-    trainable.before_step()
-    result.seconds = time.perf_counter() - began
-
-
-def _done(step: int, how: Training, seconds: float) -> float:
-    """The share of training that is over, by steps or by time."""
-    return max(step / how.steps, seconds / (60 * how.minutes) if how.minutes else 0.0)
-
-
-def _loss(denoiser: Denoiser, example: Example, guidance: float | None) -> torch.Tensor:
-    output = batch_of(denoiser.module(*example.args, **example.kwargs)).float()
-    output, wanted = (_guided(one, denoiser.spec, guidance) for one in (output, example.output.float()))
-    return (output - wanted).square().mean() / wanted.square().mean()
-
-
-def _guided(output: torch.Tensor, spec: DenoiserSpec, guidance: float | None) -> torch.Tensor:
-    """What a step is made with: where guidance is done in one batch, the sum of its halves, in which errors grow."""
-    if spec.guidance != "batched" or guidance is None or guidance <= 1 or len(output) % 2:
-        return output
-    one, other = output.chunk(2)
-    with_text, without = (one, other) if spec.conditional == "first" else (other, one)
-    return without + guidance * (with_text - without)
-
-
-def _step(steps: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> None:
-    if not loss.isfinite():
-        raise HastenError("Training has run away (the loss is no finite number); use a smaller learning rate.")
-    for group in steps.param_groups:
-        group["lr"] = rate
-    steps.zero_grad()
-    loss.backward()
-    steps.step()
-
-
-@contextmanager
-def _frozen(networks: list[torch.nn.Module], trained: list[torch.Tensor]) -> Generator[None]:
-    """Only what is trained gets gradients."""
-    chosen = {id(parameter) for parameter in trained}
-    others = [one for one in parameters_of(networks) if one.requires_grad and id(one) not in chosen]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_()
+def _with_originals(technique: Technique) -> Technique:
+    """The teacher needs the original weights at hand."""
+    return replace(technique, originals="keep") if isinstance(technique, LinearQuantizer) else technique
