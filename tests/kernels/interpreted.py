@@ -84,6 +84,14 @@ def test_few_tokens_with_a_side_branch_and_a_row_of_many_pieces() -> None:
         assert difference(kernel.run(product), reference(product)) < 1e-3
 
 
+def test_few_tokens_that_begin_at_an_odd_place() -> None:
+    (kernel,) = named("few tokens")
+    product = product_of("int4 g32", tokens=1)
+    product = dataclasses.replace(product, x=torch.randn(65).half()[1:][None])
+    assert product.x.storage_offset() == 1
+    assert difference(kernel.run(product), reference(product)) < 1e-3
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_weight_recoded_to_rows_of_integers(name: str) -> None:
     kernel = named("weight recoded to 8-bit rows")[0]

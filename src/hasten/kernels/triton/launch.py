@@ -102,14 +102,16 @@ def few_tokens(product: Product) -> torch.Tensor:
     out, (_, *ends), side = _ends(product, None)
     tokens, outputs, inputs = product.sizes
     bits, x = product.weight.number.bits, product.prepared().contiguous()
+    # Pairs of inputs are read as words, which begin at even places.
+    x = x.clone() if x.storage_offset() % 2 else x
     width = min(inputs & -inputs, 4096 // bits)
     down, steps, count = 16384 // (bits * width), inputs // width, triton.next_power_of_2(tokens)
     # Loads that are under way at once: more tokens, and two codes a byte, leave fewer registers for them.
-    most = 6 * bits // (8 * count)
+    most = min(6 * bits // 8, 6 // count)
     gemv.few_tokens_product[triton.cdiv(outputs, down),](
         x.view(torch.int32) if bits == 4 else x, *ends, out, *_weight(product.weight), *product.sizes, *side,
         *_groups(product.weight), **_codes(product), PIECE=piece(product), TOKENS=count,
-        BN=down, BK=width, UNROLL=next(parts for parts in range(max(1, most), 0, -1) if steps % parts == 0),
+        BN=down, BK=width, UNROLL=next(parts for parts in range(most, 0, -1) if steps % parts == 0),
         RANKS=min(64, triton.next_power_of_2(side[0] or 1)), num_warps=4,
     )  # fmt: skip
     return out
