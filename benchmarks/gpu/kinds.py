@@ -7,7 +7,8 @@ from collections.abc import Mapping
 KINDS = (
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated_fort", "sage", "attn")),
     ("products", ("gemm", "cutlass", "nvjet", "cublas", "matmul", "scaled_mm", "rows_product", "widening_product",
-                  "grouped_product", "gemv", "splitk", "s16816", "xmma")),
+                  "grouped_product", "few_tokens_product", "recode_rows", "widen_weight", "gemv", "splitk", "s16816",
+                  "xmma")),
     ("fused", ("token_kernel", "activation_kernel", "heads_kernel", "round_rows")),
     ("copies", ("memcpy", "memset", "copy_", "cat", "elementwise_kernel_with_index")),
 )  # fmt: skip

@@ -74,6 +74,8 @@ def _of_few(name: str, weight: QuantizedWeight) -> Iterator[str]:
     for tokens in (1, 2, 4) if weight.number.bits in (4, 8) else ():
         launch.few_tokens(product(weight, tokens, "none"))
         yield f"{name}, {tokens} tokens"
+        launch.few_tokens(product(weight, tokens, "none", side=True))
+        yield f"{name}, {tokens} tokens, side branch"
 
 
 def _of_weight(name: str, weight: QuantizedWeight) -> Iterator[str]:

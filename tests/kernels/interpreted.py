@@ -84,6 +84,14 @@ def test_few_tokens_with_a_side_branch_and_a_row_of_many_pieces() -> None:
         assert difference(kernel.run(product), reference(product)) < 1e-3
 
 
+def test_few_tokens_that_begin_at_an_odd_place() -> None:
+    (kernel,) = named("few tokens")
+    product = product_of("int4 g32", tokens=1)
+    product = dataclasses.replace(product, x=torch.randn(65).half()[1:][None])
+    assert product.x.storage_offset() == 1
+    assert difference(kernel.run(product), reference(product)) < 1e-3
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_weight_recoded_to_rows_of_integers(name: str) -> None:
     kernel = named("weight recoded to 8-bit rows")[0]
@@ -137,6 +145,10 @@ def test_what_is_left_to_the_rule_of_thumb() -> None:
     assert "recoded to 8-bit rows first, tiles of 128x128" in first(many(four, 4096, activations="int8"))
     assert "recoded to 8-bit rows first, tiles of 128x256" in first(many(four, 4096, activations="float8"))
     assert first(many(four, 4096)).startswith("weight widened first")
+    fine, rows = product_of("int8 g32"), product_of("int3 row")
+    assert first(many(fine, 4096, activations="int8")).startswith("weight widened first")
+    assert first(many(fine, 128, activations="int8")).startswith("8-bit tokens and groups")
+    assert "recoded to 8-bit rows" in first(many(rows, 4096, activations="int8"))
     assert first(many(eight, 64, activations="int8")).startswith("8-bit rows, tiles of 64x128")
     assert first(many(eight, 4096, activations="int8")).startswith("8-bit rows, tiles of 128x128")
     assert first(many(eight, 4096, activations="int8", **side)).startswith("8-bit rows, tiles of 128x256")

@@ -83,7 +83,7 @@ def test_smoothing_rotation_and_side_branch(bits: int, rotation: int) -> None:
     }
     pair: dict[str, Any] = {"down": torch.randn(40, 768, device=CUDA) / 28, "up": torch.randn(640, 40, device=CUDA)}
     pair["rank_scale"] = torch.rand(40, device=CUDA)
-    for tokens in (9, 300):
+    for tokens in (1, 3, 9, 300):
         product = product_of(weight, tokens, **changes, **pair)
         assert len(check_all(product, 2e-2)) > 1
 

@@ -208,7 +208,7 @@ def test_a_kernel_that_fails_is_not_chosen_and_a_spoilt_table_is_not_read() -> N
     product = product_of("nf4")
     with pytest.warns(UserWarning, match="out of order"):
         assert tuning.measure(product, [Kernel("broken", lambda product: True, fail)]) is None
-    tuning.place().write_text('{"format": 1, "fastest": 3}')
+    tuning.place().write_text('{"format": 2, "fastest": 3}')
     tuning.forget()
     with pytest.warns(UserWarning, match="is not read"):
         assert tuning.known(product) is None

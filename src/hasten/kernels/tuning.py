@@ -21,7 +21,8 @@ from hasten.core.packages import installed
 from hasten.core.user_cache import user_cache
 from hasten.kernels.call import Kernel, Product
 
-_FORMAT = 1
+_FORMAT = 2
+"""Raised when kernels that were measured before are no longer the ones to compare."""
 _RUNS, _SECONDS = 20, 0.2
 """A kernel runs up to so often, and no longer than that."""
 

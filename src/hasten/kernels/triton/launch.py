@@ -75,8 +75,11 @@ def recoded(product: Product) -> Product:
     """The product with the weight rounded once more, to 8 bits with a scale for each row: as its activations are.
 
     The scale makes the largest magnitude of a row 127, or 448 with 8-bit floats. So integers move a weight by at most
-    half of 1/127 of the largest in its row, floats by at most 1/16 of itself. Whole numbers of a row that have one
-    scale stay what they are.
+    half of 1/127 of the largest in its row, floats by at most 1/16 of itself (tiny ones by 2.2e-6 of the largest).
+    Whole numbers of a row that have one scale stay what they are.
+
+    Of 3072 normal numbers a row, products err by 0.8 % more with integers and by 2.6 % with floats, which is as much
+    as rounding the tokens costs; with one weight of 20 standard deviations in each row, by 4 % and 2.4 %.
     """
     weight, (_, outputs, inputs), device = product.weight, product.sizes, product.x.device
     eight = product.activations == "float8"
@@ -99,12 +102,16 @@ def few_tokens(product: Product) -> torch.Tensor:
     out, (_, *ends), side = _ends(product, None)
     tokens, outputs, inputs = product.sizes
     bits, x = product.weight.number.bits, product.prepared().contiguous()
+    # Pairs of inputs are read as words, which begin at even places.
+    x = x.clone() if x.storage_offset() % 2 else x
     width = min(inputs & -inputs, 4096 // bits)
     down, steps, count = 16384 // (bits * width), inputs // width, triton.next_power_of_2(tokens)
+    # Loads that are under way at once: more tokens, and two codes a byte, leave fewer registers for them.
+    most = min(6 * bits // 8, 6 // count)
     traced(gemv.few_tokens_product)[triton.cdiv(outputs, down),](
         x.view(torch.int32) if bits == 4 else x, *ends, out, *_weight(product.weight), *product.sizes, *side,
         *_groups(product.weight), **_codes(product), PIECE=piece(product), TOKENS=count,
-        BN=down, BK=width, UNROLL=next(parts for parts in range(6 // count, 0, -1) if steps % parts == 0),
+        BN=down, BK=width, UNROLL=next(parts for parts in range(most, 0, -1) if steps % parts == 0),
         RANKS=min(64, triton.next_power_of_2(side[0] or 1)), num_warps=4,
     )  # fmt: skip
     return out
