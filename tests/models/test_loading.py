@@ -204,3 +204,22 @@ def test_a_model_comes_from_a_hub(tmp_path: Path) -> None:
     with serving(type("OurHub", (Hub,), {"folder": bundled()["emoji-dit"]})) as address:
         result = run_with_hub(tmp_path, HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1")
     assert result.stdout.strip().endswith("loaded DiTPipeline"), result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kept", ["as text", "not at all"])
+@pytest.mark.parametrize("dtypes", [None, {"vae": "float16"}])
+def test_an_autoencoder_whose_link_an_archive_lost(
+    kept: str, dtypes: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, original = tmp_path / "emoji-sd", load("emoji-sd", device="cpu").pipeline.vae.state_dict()
+    shutil.copytree(bundled()["emoji-sd"], folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    if kept == "as text":
+        file.write_text("../../emoji-flux/vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(HastenError, match=r"damaged|Cannot load"):
+        load(str(folder))
+    monkeypatch.setattr("hasten.models.bundled", lambda found=bundled(): {**found, "emoji-sd": folder})
+    vae = load("emoji-sd", device="cpu", dtypes=dtypes).pipeline.vae
+    assert vae.dtype == (torch.float16 if dtypes else torch.float32)
+    assert all(torch.equal(value, original[name].to(vae.dtype)) for name, value in vae.state_dict().items())
