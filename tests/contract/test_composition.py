@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hasten.core.files import read_json
-from tests.contract.composition import APPLIES, TABLE, TRIPLES_ON, check_applies, combinations, refusal, source_hash
+from tests.contract.composition import TABLE, TRIPLES_ON, check_applies, combinations, refusals, source_hash
+from tests.contract.recorded import Names, recorded, refused_pairs, threes
 from tests.contract.rigs import ARCHITECTURES, make
 from tests.contract.tables import documents
 
@@ -30,27 +31,35 @@ def test_the_generated_pages_are_fresh(table: Any) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_refusals_are_as_recorded(architecture: str, table: Any) -> None:
-    rig = make(architecture)
-    for names in combinations(architecture):
-        recorded = table["outcomes"][architecture][" + ".join(names)]
-        assert (refusal(names, rig) or APPLIES) == recorded, names
+    found = {names: refusals(names, architecture) for names in combinations(architecture)}
+    assert recorded(found) == table["architectures"][architecture]
 
 
-def sample() -> list[tuple[str, str]]:
+def test_what_is_recorded_says_all_that_is_not_said_of_a_part() -> None:
+    alone = {("A",): (), ("B",): ("B: no.",), ("C",): ()}
+    pairs = {("A", "B"): ("A and B take x.", "B: no."), ("A", "C"): ("C stops A.",), ("B", "C"): ("B: no.",)}
+    made = recorded({**alone, **pairs, ("A", "B", "C"): ()})
+    assert made["alone"] == {"B": "B: no."}
+    assert made["together"] == {"{first} and {second} take x.": {"A": ["B"]}, "{second} stops {first}.": {"A": ["C"]}}
+    assert refused_pairs(made) == {("A", "C"): "{second} stops {first}."}
+    assert threes(made) == [("A", "B", "C")]
+
+
+def sample() -> list[tuple[str, Names]]:
     """Combinations of three that hold every pair of some two architectures, each pair on one of the two if it can."""
-    recorded: Any = read_json(TABLE)
+    tables: Any = read_json(TABLE)
     seen = set[tuple[str, ...]]()
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, Names]] = []
     for architecture in TRIPLES_ON:
-        for text, outcome in recorded["outcomes"][architecture].items():
-            pairs = set(itertools.combinations(text.split(" + "), 2))
-            if text.count(" + ") == 2 and outcome == APPLIES and not seen.issuperset(pairs):
-                found.append((architecture, text))
+        for names in threes(tables["architectures"][architecture]):
+            pairs = set(itertools.combinations(names, 2))
+            if not seen.issuperset(pairs):
+                found.append((architecture, names))
                 seen |= pairs
     return found
 
 
-@pytest.mark.parametrize(("architecture", "names"), sample())
-def test_combinations_apply_in_any_order(architecture: str, names: str) -> None:
+@pytest.mark.parametrize(("architecture", "names"), sample(), ids=lambda value: str(value))
+def test_combinations_apply_in_any_order(architecture: str, names: Names) -> None:
     torch._dynamo.reset()
-    assert check_applies(tuple(names.split(" + ")), make(architecture)) == APPLIES
+    check_applies(names, make(architecture))

@@ -219,7 +219,8 @@ def test_an_autoencoder_whose_link_an_archive_lost(
         file.write_text("../../emoji-flux/vae/diffusion_pytorch_model.safetensors")
     with pytest.raises(HastenError, match=r"damaged|Cannot load"):
         load(str(folder))
-    monkeypatch.setattr("hasten.models.bundled", lambda found=bundled(): {**found, "emoji-sd": folder})
+    models = {**bundled(), "emoji-sd": folder}
+    monkeypatch.setattr("hasten.models.bundled", lambda: models)
     vae = load("emoji-sd", device="cpu", dtypes=dtypes).pipeline.vae
     assert vae.dtype == (torch.float16 if dtypes else torch.float32)
     assert all(torch.equal(value, original[name].to(vae.dtype)) for name, value in vae.state_dict().items())
