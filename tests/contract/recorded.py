@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 Names = tuple[str, ...]
@@ -50,6 +50,20 @@ def refused_pairs(table: Mapping[str, Any]) -> dict[tuple[str, str], str]:
         for second in seconds
         if not {first, second} & table["alone"].keys()
     }
+
+
+def restricted(table: Mapping[str, Any], pairs: Collection[Names]) -> dict[str, Any]:
+    """What an architecture's table says of single techniques and of some pairs."""
+    kept = {
+        sentence: {
+            first: [second for second in seconds if (first, second) in pairs] for first, seconds in found.items()
+        }
+        for sentence, found in table["together"].items()
+    }
+    without_empty = {
+        sentence: {f: seconds for f, seconds in found.items() if seconds} for sentence, found in kept.items()
+    }
+    return {"alone": table["alone"], "together": {s: found for s, found in without_empty.items() if found}, "three": {}}
 
 
 def threes(table: Mapping[str, Any]) -> list[Names]:
