@@ -133,6 +133,7 @@ def test_what_fits_on_a_line_is_not_spread_over_several() -> None:
     assert lines[2] == '    {"psnr": 36.5, "name": "a"},'
     assert lines[3:6] == ["    {", '      "psnr": 31.2,', f'      "name": "{"b" * 160}"']
     assert json_text({"a": {"b": {}, "c": [1]}}).count("\n") == 6
+    assert json_text([0] * 21).count(" ") == 0
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -63,8 +63,8 @@ def test_the_default_workload_draws_something_on_white(name: str) -> None:
 def test_it_carries_card_workload_and_notices(name: str) -> None:
     folder = bundled()[name]
     card = (folder / "README.md").read_text("utf-8").casefold()
-    assert all(word in card for word in ("licence", "training", "failure", "samples.png", "mb in float16"))
-    assert (folder / "samples.png").is_file()
+    assert all(word in card for word in ("licence", "training", "failure", "samples.webp", "mb in float16"))
+    assert (folder / "samples.webp").is_file()
     assert len(load_json(folder / "workload.json")["prompts"]) >= 3
 
 

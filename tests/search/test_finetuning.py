@@ -18,6 +18,8 @@ from hasten.search.finetune import finetune
 from hasten.search.finetune.recover import Training
 from hasten.search.finetune.trajectories import record
 
+pytestmark = pytest.mark.xdist_group("finetuning")  # set up once, not once in each process
+
 WORK = Workload(prompts=("rocket", "pizza"), steps=2)
 SHORT = Training(steps=16, pictures=2, batch=2, rank=4)
 

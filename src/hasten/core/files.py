@@ -15,6 +15,7 @@ from typing import NoReturn, cast
 from hasten.core.errors import HastenError
 
 _WIDTH = 160
+_MANY = 20  # entries of a list from which spaces between them are left out
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -121,7 +122,7 @@ def _laid_out(value: object, newline: str, *, spread: bool = False) -> str:
     if isinstance(value, list | tuple):
         items = cast("list[object]", value)
         if _is_flat(items):
-            return "[" + ", ".join(map(_scalar, items)) + "]"
+            return "[" + ("," if len(items) > _MANY else ", ").join(map(_scalar, items)) + "]"
         return "[" + ",".join(deeper + _laid_out(item, deeper) for item in items) + newline + "]"
     return _scalar(value)
 
