@@ -10,7 +10,7 @@ demo: .venv/run
 	$(BIN)/hasten compare --out "$(REPORT)"
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: .venv/dev lint types test
 

@@ -131,10 +131,22 @@ def write(name: str, pipe: Any, folder: Path, data: Path) -> None:
         "prompts": CLASSES if name == "emoji-dit" else PROMPTS,
     }
     (folder / "workload.json").write_text(json.dumps(workload, indent=2) + "\n")
+    for tokenizer in folder.glob("tokenizer*/tokenizer.json"):
+        tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()), ensure_ascii=False, separators=(",", ":")))
+    share_autoencoder(folder / "vae" / "diffusion_pytorch_model.safetensors")
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{name}: {size:,} bytes -> {folder}")
+
+
+def share_autoencoder(file: Path) -> None:
+    """The three models have the same autoencoder; that of emoji-flux is kept, and the others are links to it."""
+    target = Path("..", "..", "emoji-flux", "vae", file.name)
+    original = file.parent / target
+    if original.is_file() and not original.samefile(file) and original.read_bytes() == file.read_bytes():
+        file.unlink()
+        file.symlink_to(target)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Draw every ``logs/*.csv`` as one loss curve (log scale) into ``logs/curves.png``; needs Pillow only."""
+"""Draw every ``logs/*.csv`` as one loss curve (log scale) into ``logs/curves.webp``; needs Pillow only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main() -> None:
     sheet = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white")
     for i, picture in enumerate(panels):
         sheet.paste(picture, (0, HEIGHT * i))
-    sheet.save(logs / "curves.png", optimize=True)
+    sheet.save(logs / "curves.webp", lossless=True, quality=100, method=6)
 
 
 if __name__ == "__main__":

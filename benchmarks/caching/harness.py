@@ -152,8 +152,16 @@ def distances(bench: Bench, images: Tensor, setting: Setting) -> dict[str, Any]:
         if references is None:
             continue
         each = [one.to_dict() for one in fidelities(list(images), list(references[: len(images)]))]
-        found[name] = {part: rounded([one[part] for one in each]) for part in ("psnr", "ssim", "lpips")}
+        found[name] = {part: [_to(one[part], decimals) for one in each] for part, decimals in DECIMALS.items()}
     return found
+
+
+DECIMALS = {"psnr": 2, "ssim": 4, "lpips": 5}
+"""What is kept of a picture's distances; tables show at most three decimals of means over pictures."""
+
+
+def _to(value: float | None, decimals: int) -> float | None:
+    return None if value is None else round(value, decimals)
 
 
 def save_pictures(path: Path, images: Tensor, *, exact: bool) -> None:
@@ -173,9 +181,9 @@ def values_for(
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with five significant digits, so that raw results stay readable."""
+    """Numbers with four significant digits, so that raw results stay readable."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {name: rounded(part) for name, part in value.items()}
     return [rounded(part) for part in value] if isinstance(value, list) else value

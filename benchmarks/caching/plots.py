@@ -22,11 +22,11 @@ MARKERS = "osD^vP*Xhp<>"
 def draw_all(tables: list[Any], folder: Path) -> None:
     """One picture a table."""
     for table in tables:
-        atomic_write_bytes(folder / f"{table.slug}.png", drawn(table))
+        atomic_write_bytes(folder / f"{table.slug}.webp", drawn(table))
 
 
 def drawn(table: Any) -> bytes:
-    """Both plots of a table as PNG."""
+    """Both plots of a table as lossless WebP."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -52,12 +52,15 @@ def drawn(table: Any) -> bytes:
     return fewer_colours(buffer)
 
 
+LOSSLESS: dict[str, Any] = {"lossless": True, "quality": 100, "method": 6}
+
+
 def fewer_colours(png: BytesIO) -> bytes:
-    """The same picture with a palette: a third of the bytes."""
+    """The same picture with 96 colours: a quarter of the bytes."""
     from PIL import Image
 
     small = BytesIO()
-    Image.open(png).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    Image.open(png).convert("RGB").quantize(96, dither=Image.Dither.NONE).convert("RGB").save(small, "WEBP", **LOSSLESS)
     return small.getvalue()
 
 

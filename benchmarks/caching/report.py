@@ -1,4 +1,4 @@
-"""Turns the raw results into RESULTS.md and plots/*.png; needs matplotlib (benchmarks/requirements-peers.txt).
+"""Turns the raw results into RESULTS.md and plots/*.webp; needs matplotlib (benchmarks/requirements-peers.txt).
 
 PYTHONPATH=.peers python benchmarks/caching/report.py
 """
@@ -83,7 +83,7 @@ def section(table: Table) -> str:
     """One model and step count as Markdown."""
     plain = table.plain
     lines = [f"## {table.title}", ""]
-    lines += [f"![{table.title}](plots/{table.slug}.png)", ""]
+    lines += [f"![{table.title}](plots/{table.slug}.webp)", ""]
     lines += [
         f"Plain: {plain['cpu_seconds']['median']:.2f} s of processor time a picture, PSNR to the converged sampler "
         f"{estimate(plain['to_converged']['psnr']).text(1)} dB. {table.content['prompts']} prompts.",

@@ -14,7 +14,10 @@ import torch
 from tests.cache.ranks import computed_steps
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.xdist_group("ranks"),  # set up once, not once in each process
+]
 
 TECHNIQUES = (
     "FirstBlockCache(threshold=0.08)",

@@ -131,7 +131,7 @@ def accepted(technique: Technique | None, architecture: str) -> Technique:
 @pytest.mark.parametrize("name", CACHES)
 def test_any_sequence_of_requests_gives_what_each_gives_alone(name: str, architecture: str) -> None:
     technique = accepted(techniques()[name].trial(), architecture)
-    drive(architecture, technique, technique, examples=10 if architecture == "flux" else 4)
+    drive(architecture, technique, technique, examples=6 if architecture == "flux" else 3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -16,6 +16,8 @@ from hasten.measure import runner
 from hasten.measure.comparison import Comparison
 from tests.cli.conftest import Run
 
+pytestmark = pytest.mark.xdist_group("compare")  # set up once, not once in each process
+
 QUICK = ("emoji-flux", "--steps", 6, "--prompt", "pizza, fluent style", "--prompt", "tiger face, noto style")
 
 

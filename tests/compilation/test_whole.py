@@ -39,7 +39,7 @@ def counted(architecture: str, *others: Technique) -> tuple[int, int, int]:
         return first, counter.graphs, counter.calls
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "sdxl"])  # the same U-Net
 def test_one_graph_holds_the_denoiser(architecture: str) -> None:
     first, last, calls = counted(architecture)
     assert first == last == 1

@@ -6,9 +6,10 @@ from; the tests fail when it is stale.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,11 +22,12 @@ from hasten.core.recipe import Recipe
 from hasten.core.registry import FAMILIES
 from hasten.core.resolve import resolve
 from hasten.core.target import Target
+from tests.contract.recorded import Names, Reasons, recorded
 from tests.contract.rigs import ARCHITECTURES, TECHNIQUES, Rig, fingerprint, make, plain_output, trial
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "src" / "hasten" / "data" / "composition.json"
-APPLIES, FAILED = "applies", "failed:"
+FAILED = "failed:"
 TRIPLES_ON = ("flux", "stable_diffusion")
 """Architectures on which combinations of three are run as well."""
 PARTS = 4
@@ -42,16 +44,16 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def combinations(architecture: str) -> Iterator[tuple[str, ...]]:
+def combinations(architecture: str) -> Iterator[Names]:
     """The combinations whose outcome is recorded for an architecture."""
     for size in (1, 2):
         yield from itertools.combinations(TECHNIQUES, size)
     if architecture in TRIPLES_ON:
-        rig = make(architecture)
-        yield from covering([pair for pair in itertools.combinations(TECHNIQUES, 2) if refusal(pair, rig) is None])
+        pairs = itertools.combinations(TECHNIQUES, 2)
+        yield from covering([pair for pair in pairs if not refusals(pair, architecture)])
 
 
-def covering(pairs: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+def covering(pairs: list[Names]) -> Iterator[Names]:
     """Combinations of three, none of them holding a pair that is not listed, which hold every listed pair.
 
     A pair that nothing third goes with is left out.
@@ -68,22 +70,29 @@ def covering(pairs: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
             yield best
 
 
-def refusal(names: tuple[str, ...], rig: Rig) -> str | None:
+@functools.cache
+def refusals(names: Names, architecture: str) -> Reasons:
     """What the planner says against a combination, without applying it."""
-    reasons = resolve(Recipe(tuple(map(trial, names))), Target.of(rig)).refusals
-    return " ".join(reasons) or None
+    return resolve(Recipe(tuple(map(trial, names))), _target(architecture)).refusals
 
 
-def outcome(names: tuple[str, ...], architecture: str) -> str:
-    """The planner's sentence, or "applies" after a run in which all took part and everything was restored."""
-    rig = make(architecture)
+@functools.cache
+def _target(architecture: str) -> Target:
+    return Target.of(make(architecture))
+
+
+def outcome(names: Names, architecture: str) -> Reasons:
+    """The planner's sentences, or none after a run in which all took part and everything was restored."""
     # What the compiler has learnt from one combination must not decide about the next.
     torch._dynamo.reset()
-    return refusal(names, rig) or check_applies(names, rig)
+    if reasons := refusals(names, architecture):
+        return reasons
+    check_applies(names, make(architecture))
+    return ()
 
 
-def check_applies(names: tuple[str, ...], rig: Rig) -> str:
-    """Run a combination, which has to mean the same in any order; asserts that it works, and returns "applies"."""
+def check_applies(names: Names, rig: Rig) -> None:
+    """Run a combination, which has to mean the same in any order; asserts that it works."""
     plans = {resolve(Recipe(tuple(map(trial, order))), Target.of(rig)).techniques for order in (names, names[::-1])}
     assert len(plans) == 1, names
     before = fingerprint(rig)
@@ -93,36 +102,49 @@ def check_applies(names: tuple[str, ...], rig: Rig) -> str:
     assert output.isfinite().all(), names
     assert fingerprint(rig)[1:] == before[1:], names
     assert torch.equal(rig.run(), plain_output(rig.spec.name)), names
-    return APPLIES
 
 
-def outcomes_of(architecture: str, part: int) -> dict[str, str]:
+def outcomes_of(architecture: str, part: int) -> dict[Names, Reasons]:
     """The outcome of every `PARTS`-th combination on an architecture."""
     torch.set_num_threads(1)
     some = itertools.islice(combinations(architecture), part, None, PARTS)
-    return {" + ".join(names): outcome_or_failure(names, architecture) for names in some}
+    return {names: outcome_or_failure(names, architecture) for names in some}
 
 
-def outcome_or_failure(names: tuple[str, ...], architecture: str) -> str:
+def outcome_or_failure(names: Names, architecture: str) -> Reasons:
     """The outcome, or what was raised where nothing should be."""
     try:
-        return outcome(names, architecture)
+        reasons = outcome(names, architecture)
+        assert len(names) < 3 or not reasons, f"all of its pairs apply, but together: {reasons}"
+        return reasons
     except Exception as error:  # noqa: BLE001 - all failures are told together at the end
-        return f"{FAILED} {type(error).__name__}: {error}"
+        return (f"{FAILED} {type(error).__name__}: {error}",)
 
 
 def make_table() -> dict[str, Any]:
     """Run everything, side by side in fresh processes (the compiler keeps what it learns), and return the table."""
-    outcomes: dict[str, dict[str, str]] = {architecture: {} for architecture in ARCHITECTURES}
+    outcomes: dict[str, dict[Names, Reasons]] = {architecture: {} for architecture in ARCHITECTURES}
     jobs = list(itertools.product((*TRIPLES_ON, *(a for a in ARCHITECTURES if a not in TRIPLES_ON)), range(PARTS)))
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for (architecture, _), found in zip(jobs, pool.map(outcomes_of, *zip(*jobs, strict=True)), strict=True):
             outcomes[architecture] |= found
-    failures = [(a, n, text) for a, found in outcomes.items() for n, text in found.items() if text.startswith(FAILED)]
-    assert not failures, "\n".join(f"{a}: {names} {text[:300]}" for a, names, text in failures)
+    failures = [
+        f"{architecture}: {' + '.join(names)} {reasons[0][:300]}"
+        for architecture, found in outcomes.items()
+        for names, reasons in found.items()
+        if reasons and reasons[0].startswith(FAILED)
+    ]
+    assert not failures, "\n".join(failures)
     for architecture, found in outcomes.items():
-        outcomes[architecture] = {" + ".join(names): found[" + ".join(names)] for names in combinations(architecture)}
-    return {"sources": source_hash(), "techniques": list(TECHNIQUES), "outcomes": outcomes}
+        applying = sum(not reasons for reasons in found.values())
+        print(f"{architecture}: {applying} of {len(found)} combinations apply, the others are refused with a reason")
+    return as_table(outcomes)
+
+
+def as_table(outcomes: Mapping[str, Mapping[Names, Reasons]]) -> dict[str, Any]:
+    """What is written, from the outcomes of each architecture in any order."""
+    tables = {a: recorded({names: found[names] for names in combinations(a)}) for a, found in outcomes.items()}
+    return {"sources": source_hash(), "techniques": list(TECHNIQUES), "architectures": tables}
 
 
 if __name__ == "__main__":
@@ -131,6 +153,3 @@ if __name__ == "__main__":
     table = make_table()
     atomic_write_text(TABLE, json_text(table))
     write_documents(table)
-    for architecture, found in table["outcomes"].items():
-        applying = sum(value == APPLIES for value in found.values())
-        print(f"{architecture}: {applying} of {len(found)} combinations apply, the others are refused with a reason")

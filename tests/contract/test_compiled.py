@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
 from hasten.compilation import CompileBlocks
 from hasten.compilation.compiler import CompileCounter
-from hasten.core.recipe import Recipe
-from hasten.core.resolve import resolve
-from hasten.core.target import Target
+from hasten.core.files import read_json
+from hasten.core.registry import techniques
+from tests.contract.composition import TABLE
+from tests.contract.recorded import refused_pairs
 from tests.contract.rigs import ARCHITECTURES, TECHNIQUES, Rig, make, trial
 
 COMPILE = CompileBlocks(backend="eager")
@@ -44,19 +47,49 @@ def plain_graphs(architecture: str) -> int:
     return graphs(make(architecture))[0]
 
 
-def cases() -> list[tuple[str, str]]:
+def groups(names: list[str], architecture: str) -> list[tuple[str, ...]]:
+    """Techniques in groups that go together with compiled blocks; one that cuts blocks stays alone.
+
+    What leaves the graphs of its group as they are leaves them alone, too, and a group costs as much as one technique.
+    """
+    table: Any = read_json(TABLE)
+    of_this = table["architectures"][architecture]
+    refused = refused_pairs(of_this)
+    found: list[list[str]] = []
+    for name in names:
+        if name in of_this["alone"] or _refused(refused, name, "CompileBlocks"):
+            continue
+        fitting = (group for group in found if len(group) < GROUP and _fits(name, group, refused))
+        if (group := next(fitting, None)) is not None:
+            group.append(name)
+        else:
+            found.append([name])
+    return [tuple(group) for group in found]
+
+
+GROUP = 3
+
+
+def _fits(name: str, group: list[str], refused: Collection[tuple[str, str]]) -> bool:
+    kinds = techniques()
+    whole = not any(kinds[one].cuts_blocks for one in (name, *group))
+    return whole and not any(_refused(refused, name, other) for other in group)
+
+
+def _refused(refused: Collection[tuple[str, str]], one: str, other: str) -> bool:
+    return (one, other) in refused or (other, one) in refused
+
+
+def cases() -> list[tuple[str, tuple[str, ...]]]:
     """Each technique on a U-Net, and on one of two transformers in turn."""
-    found = [(name, "stable_diffusion") for name in OTHERS]
-    return found + [(name, ("dit", "flux")[turn % 2]) for turn, name in enumerate(OTHERS)]
+    shares = {"stable_diffusion": OTHERS, "dit": OTHERS[::2], "flux": OTHERS[1::2]}
+    return [(architecture, group) for architecture, names in shares.items() for group in groups(names, architecture)]
 
 
-@pytest.mark.parametrize(("name", "architecture"), cases())
-def test_a_technique_adds_no_graphs(name: str, architecture: str) -> None:
-    rig = make(architecture)
-    if resolve(Recipe((COMPILE, trial(name))), Target.of(rig)).refusals:
-        pytest.skip("refused; see the composition table")
+@pytest.mark.parametrize(("architecture", "names"), cases(), ids=str)
+def test_techniques_add_no_graphs(architecture: str, names: tuple[str, ...]) -> None:
     plain = plain_graphs(architecture)
-    first, last = graphs(rig, name)
-    allowed = 2 * plain if type(trial(name)).cuts_blocks else plain
+    first, last = graphs(make(architecture), *names)
+    allowed = 2 * plain if techniques()[names[0]].cuts_blocks else plain
     assert first <= allowed, f"{first} graphs instead of {plain}"
     assert last == first, "recompiled in a later request"

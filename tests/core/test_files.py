@@ -127,6 +127,15 @@ def test_json_survives_a_file(tmp_path: Path) -> None:
     assert json_text({"a": [1, 2], "b": []}) == '{\n  "a": [1, 2],\n  "b": []\n}\n'
 
 
+def test_what_fits_on_a_line_is_not_spread_over_several() -> None:
+    rows = [{"psnr": 36.5, "name": "a"}, {"psnr": 31.2, "name": "b" * 160}]
+    lines = json_text({"rows": rows}).splitlines()
+    assert lines[2] == '    {"psnr": 36.5, "name": "a"},'
+    assert lines[3:6] == ["    {", '      "psnr": 31.2,', f'      "name": "{"b" * 160}"']
+    assert json_text({"a": {"b": {}, "c": [1]}}).count("\n") == 6
+    assert json_text([0] * 21).count(" ") == 0
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_json_lacks(number: float) -> None:
     with pytest.raises(HastenError, match="NaN and infinite numbers"):

@@ -97,43 +97,51 @@ def test_types_and_devices() -> None:
         load("emoji-dit", device="cuda:9")
 
 
-CODE = "from hasten.models import load; print('loaded', type(load('owner/tiny').pipeline).__name__)"
+CODE = """
+from hasten.core.errors import HastenError
+from hasten.models import load
+def attempt(name):
+    try:
+        print("loaded", type(load(name).pipeline).__name__, flush=True)
+    except HastenError as error:
+        print(error, flush=True)
+for name in ("owner/tiny", "nobody/tiny", "gated/tiny"):
+    attempt(name)
+input()
+attempt("owner/other")
+"""
 
 
-def run_with_hub(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def test_what_a_hub_gives_and_refuses(tmp_path: Path) -> None:
+    """All in one process, since its imports take most of the time."""
     base = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
     base["PYTHONPATH"] = str(Path(hasten.__file__).parents[1])
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
-    return subprocess.run(command, env=base | environment, capture_output=True, text=True, timeout=100, check=False)
+    with serving(type("OurHub", (Hub,), {"folder": bundled()["emoji-dit"]})) as address:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", CODE],
+            env=base | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / "said").open("w"),
+            text=True,
+        )
+        assert process.stdout
+        loaded, missing, gated = (process.stdout.readline() for _ in range(3))
+    unreachable, _ = process.communicate("\n", timeout=100)
+    assert loaded.strip() == "loaded DiTPipeline", (tmp_path / "said").read_text()[-2000:]
+    assert "there is no such model, or it is private" in missing
+    assert "its licence must be accepted on the hub first" in gated
+    assert "the hub cannot be reached, and the model is not in the local cache" in unreachable
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
-    result = run_with_hub(tmp_path, HF_HUB_OFFLINE="1")
-    last = result.stderr.strip().splitlines()[-1]
-    assert "hasten.core.errors.HastenError: Cannot load 'owner/tiny' from the model hub: HF_HUB_OFFLINE is set" in last
-    assert "emoji-flux" in last
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "sentence"),
-    [
-        (401, "RepoNotFound", "there is no such model, or it is private"),
-        (403, "GatedRepo", "its licence must be accepted on the hub first"),
-    ],
-)
-def test_what_the_hub_refuses_is_said_in_plain_words(tmp_path: Path, status: int, code: str, sentence: str) -> None:
-    with serving(type("Refusing", (Hub,), {"refusal": (status, code)})) as address:
-        result = run_with_hub(tmp_path, HF_ENDPOINT=address)
-    assert sentence in result.stderr.strip().splitlines()[-1]
-
-
-def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
-    with serving(Hub) as address:
-        pass
-    result = run_with_hub(tmp_path, HF_ENDPOINT=address)
-    assert (
-        "the hub cannot be reached, and the model is not in the local cache" in result.stderr.strip().splitlines()[-1]
-    )
+def test_a_hub_that_may_not_be_asked_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        HastenError, match="Cannot load 'owner/tiny' from the model hub: HF_HUB_OFFLINE is set"
+    ) as caught:
+        load("owner/tiny")
+    assert "emoji-flux" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 class Hub(SimpleHTTPRequestHandler):
@@ -141,7 +149,7 @@ class Hub(SimpleHTTPRequestHandler):
 
     folder: Path
     commit = "0" * 40
-    refusal: tuple[int, str] | None = None
+    refusals = {"/nobody/": (401, "RepoNotFound"), "/gated/": (403, "GatedRepo")}
 
     def do_HEAD(self) -> None:
         self.respond(body=False)
@@ -150,8 +158,9 @@ class Hub(SimpleHTTPRequestHandler):
         self.respond(body=True)
 
     def respond(self, *, body: bool) -> None:
-        if self.refusal:
-            return self.refuse(*self.refusal)
+        for owner, refusal in self.refusals.items():
+            if owner in self.path:
+                return self.refuse(*refusal)
         if self.path.startswith("/api/models/"):
             return self.send(self.listing(), "application/json", body)
         file = self.folder / self.path.partition("/resolve/")[2].partition("/")[2].partition("?")[0]
@@ -200,7 +209,21 @@ def serving(handler: type[Hub]) -> Generator[str]:
             server.shutdown()
 
 
-def test_a_model_comes_from_a_hub(tmp_path: Path) -> None:
-    with serving(type("OurHub", (Hub,), {"folder": bundled()["emoji-dit"]})) as address:
-        result = run_with_hub(tmp_path, HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1")
-    assert result.stdout.strip().endswith("loaded DiTPipeline"), result.stderr[-2000:]
+@pytest.mark.parametrize("kept", ["as text", "not at all"])
+@pytest.mark.parametrize("dtypes", [None, {"vae": "float16"}])
+def test_an_autoencoder_whose_link_an_archive_lost(
+    kept: str, dtypes: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, original = tmp_path / "emoji-sd", load("emoji-sd", device="cpu").pipeline.vae.state_dict()
+    shutil.copytree(bundled()["emoji-sd"], folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    if kept == "as text":
+        file.write_text("../../emoji-flux/vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(HastenError, match=r"damaged|Cannot load"):
+        load(str(folder))
+    models = {**bundled(), "emoji-sd": folder}
+    monkeypatch.setattr("hasten.models.bundled", lambda: models)
+    vae = load("emoji-sd", device="cpu", dtypes=dtypes).pipeline.vae
+    assert vae.dtype == (torch.float16 if dtypes else torch.float32)
+    assert all(torch.equal(value, original[name].to(vae.dtype)) for name, value in vae.state_dict().items())

@@ -19,6 +19,8 @@ from hasten.search.plan_runs import psnr
 from hasten.search.plan_table import plan_table, solver_answers
 from hasten.search.shortlist import budgets
 
+pytestmark = pytest.mark.xdist_group("calibrate")  # set up once, not once in each process
+
 STEPS = 8
 
 

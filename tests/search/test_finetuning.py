@@ -22,6 +22,8 @@ from hasten.search.finetune.learning import Lessons
 from hasten.search.finetune.recover import quantized_layers
 from hasten.search.finetune.trajectories import record, subjects
 
+pytestmark = pytest.mark.xdist_group("finetuning")  # set up once, not once in each process
+
 WORK = Workload(prompts=("rocket", "pizza"), steps=2, guidance=3.0)
 SHORT = Training(steps=16, pictures=2, batch=2, calls=1, rank=4)
 

@@ -23,6 +23,8 @@ from hasten.search.quantization.collect import collect, lacks_statistics, spread
 from hasten.search.quantization.gate import Gate, Limits, quantizer_of, worst
 from hasten.search.quantization.sensitivity import agreement, errors_alone, measure_gains
 
+pytestmark = pytest.mark.xdist_group("gate")  # set up once, not once in each process
+
 WORK = Workload(prompts=("pizza", "rocket"), steps=2, width=128, height=128, guidance=3.0)
 
 

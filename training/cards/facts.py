@@ -66,7 +66,7 @@ def product(shape: list[int]) -> int:
 
 def megabytes(folder: Path) -> float:
     """Size of what the pipeline loads, in 10^6 bytes: everything but the card and its picture."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("README.md", "samples.png")]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("README.md", "samples.webp")]
     return sum(path.stat().st_size for path in files) / 1e6
 
 

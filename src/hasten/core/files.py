@@ -8,11 +8,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn, cast
 
 from hasten.core.errors import HastenError
+
+_WIDTH = 160
+_MANY = 20  # entries of a list from which spaces between them are left out
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -97,24 +100,35 @@ def read_json(path: str | os.PathLike[str]) -> object:
 
 
 def json_text(data: object) -> str:
-    """JSON with one line per entry and plain lists on one line; raises HastenError for NaN and infinity."""
+    """JSON with one line per entry, where what fits on a line and holds plain values only is not spread over several.
+
+    Raises HastenError for NaN and infinity.
+    """
     try:
-        return _laid_out(data, "\n") + "\n"
+        return _laid_out(data, "\n", spread=True) + "\n"
     except ValueError as error:
         raise HastenError("NaN and infinite numbers cannot be written as JSON.") from error
 
 
-def _laid_out(value: object, newline: str) -> str:
+def _laid_out(value: object, newline: str, *, spread: bool = False) -> str:
     deeper = newline + "  "
     if isinstance(value, Mapping) and value:
-        pairs = cast("Mapping[str, object]", value).items()
-        return "{" + ",".join(f"{deeper}{_scalar(k)}: {_laid_out(v, deeper)}" for k, v in pairs) + newline + "}"
+        mapping = cast("Mapping[str, object]", value)
+        entries = [f"{_scalar(key)}: {_laid_out(item, deeper)}" for key, item in mapping.items()]
+        flat = "{" + ", ".join(entries) + "}"
+        if not spread and _is_flat(mapping.values()) and len(deeper + flat) <= _WIDTH:
+            return flat
+        return "{" + ",".join(deeper + entry for entry in entries) + newline + "}"
     if isinstance(value, list | tuple):
         items = cast("list[object]", value)
-        if any(isinstance(item, Mapping | list | tuple) for item in items):
-            return "[" + ",".join(deeper + _laid_out(item, deeper) for item in items) + newline + "]"
-        return "[" + ", ".join(map(_scalar, items)) + "]"
+        if _is_flat(items):
+            return "[" + ("," if len(items) > _MANY else ", ").join(map(_scalar, items)) + "]"
+        return "[" + ",".join(deeper + _laid_out(item, deeper) for item in items) + newline + "]"
     return _scalar(value)
+
+
+def _is_flat(values: Iterable[object]) -> bool:
+    return not any(isinstance(value, Mapping | list | tuple) for value in values)
 
 
 def _scalar(value: object) -> str:

@@ -17,6 +17,9 @@ from hasten.core.workload import Workload
 DEFAULT = "emoji-flux"
 """The bundled model that commands use when none is named."""
 
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_LONGEST_LINK = 1024
+
 GENERAL_PROMPTS = (
     "a red fox in the snow, morning light",
     "a street market at night, rain, neon signs",
@@ -147,15 +150,37 @@ def _end_of_data(header: bytes, file: Path) -> int:
 def _load_pipeline(name: str, folder: Path | None, torch_dtype: Any, components: Mapping[str, Any]) -> Any:
     import diffusers
 
+    lost = _lost_links(folder) if folder else {}
     for file in sorted(folder.rglob("*.safetensors")) if folder else ():
-        check_safetensors(file)
+        if file not in lost.values():
+            check_safetensors(file)
     try:
+        shared = {part: _shared(part, torch_dtype) for part in lost if part not in components}
+        components = {**shared, **components}
         return diffusers.DiffusionPipeline.from_pretrained(str(folder or name), torch_dtype=torch_dtype, **components)
     except Exception as error:
         if folder:
             raise HastenError(f"Cannot load the folder {folder}: {_first_line(error)}") from error
         hint = f"Models that need no download: {', '.join(bundled())}."
         raise HastenError(f"Cannot load {name!r} from the model hub: {_hub_problem(error)} {hint}") from error
+
+
+def _lost_links(folder: Path) -> dict[str, Path]:
+    """Weights of a bundled model that are a link to those of `DEFAULT`, where the link itself is lost, by component.
+
+    Archives and Git on Windows may drop links, or put a text file in the place of one.
+    """
+    if folder not in bundled().values():
+        return {}
+    wanted = {config.parent.name: config.parent / _WEIGHTS for config in folder.glob("vae/config.json")}
+    return {part: file for part, file in wanted.items() if not file.is_file() or file.stat().st_size < _LONGEST_LINK}
+
+
+def _shared(part: str, torch_dtype: Any) -> Any:
+    import diffusers
+
+    dtype = torch_dtype.get(part, torch_dtype["default"]) if isinstance(torch_dtype, dict) else torch_dtype
+    return diffusers.AutoModel.from_pretrained(str(bundled()[DEFAULT]), subfolder=part, torch_dtype=dtype)
 
 
 HUB_PROBLEMS = (

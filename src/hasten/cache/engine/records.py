@@ -6,11 +6,22 @@ import base64
 import binascii
 import itertools
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
 
 from hasten.cache.engine.rules import Rule, parse_rule
 from hasten.core.errors import HastenError
@@ -26,6 +37,19 @@ class PlanRecord(BaseModel):
     """Frozen, with known fields and finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+
+class Measured(PlanRecord):
+    """What calibration may have measured: PSNR (dB) and seconds per image. Files leave out what it has not."""
+
+    predicted_db: float | None = None
+    measured_psnr: float | None = None
+    measured_seconds: PositiveFloat | None = None
+
+    @model_serializer(mode="wrap")
+    def _short(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = ("measured_psnr", "measured_seconds", "chosen")
+        return {name: value for name, value in whole(self).items() if value or name not in optional}
 
 
 class Grid(PlanRecord):
@@ -109,23 +133,35 @@ class SeedRecord(PlanRecord):
         return np.frombuffer(base64.b64decode(self.factor, validate=True), dtype="<f4")
 
 
-class Plan(PlanRecord):
+class Plan(Measured):
     """Which steps are computed in full, and by which rule each gap behind them is filled.
 
-    `compute` are step indices, 0 first; `rules` has one rule per full step, used until the next one or the end.
-    `predicted_db` is 20*log10(|final sample|/|error|), from calibration; null for no error at all. It is optimistic,
-    because outputs leave the recorded path: it ranks plans and promises nothing. PSNR (dB) and seconds per image
-    are measurements. `chosen` marks the plan that is used for its number of full steps.
+    `compute` are step indices, 0 first; `rules` has one rule per full step, used until the next one or the end. In a
+    file one text stands for as many equal ones. `predicted_db` is 20*log10(|final sample|/|error|), from calibration;
+    null for no error at all. It is optimistic, because outputs leave the recorded path: it ranks plans and promises
+    nothing. `chosen` marks the plan that is used for its number of full steps.
     """
 
     full_steps: PositiveInt
     compute: tuple[int, ...]
     rules: tuple[str, ...]
     origin: Literal["dp", "uniform", "swap"]
-    predicted_db: float | None = None
-    measured_psnr: float | None = None
-    measured_seconds: PositiveFloat | None = None
     chosen: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_all(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = cast("dict[str, Any]", data)
+        rules, compute = given.get("rules"), given.get("compute")
+        if isinstance(rules, str) and isinstance(compute, list | tuple):
+            return {**given, "rules": (rules,) * len(cast("list[int]", compute))}
+        return given
+
+    @field_serializer("rules")
+    def _as_one(self, rules: tuple[str, ...]) -> tuple[str, ...] | str:
+        return rules[0] if len(set(rules)) == 1 else rules
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -168,7 +204,7 @@ class PlanKey(PlanRecord):
         )
 
 
-class SolverAnswer(PlanRecord):
+class SolverAnswer(Measured):
     """Fewer steps of `solver` at chosen noise levels.
 
     `nodes` are steps of the recorded grid, `flow_time` their s and the final one. `goal` says what the final state is
@@ -181,9 +217,6 @@ class SolverAnswer(PlanRecord):
     steps: PositiveInt
     nodes: tuple[int, ...]
     flow_time: tuple[NonNegativeFloat, ...]
-    predicted_db: float | None = None
-    measured_psnr: float | None = None
-    measured_seconds: PositiveFloat | None = None
 
     @property
     def noise_to_signal(self) -> tuple[float, ...]:
