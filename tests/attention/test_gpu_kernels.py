@@ -253,6 +253,30 @@ def test_what_a_kernel_lacks_is_named(case: str) -> None:
     assert sentence in next(KERNELS[name].unmet(call(**changed)))
 
 
+def test_what_the_released_wheel_of_flash_attention_3_is_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, local = call(dtype=torch.float16), call(bias="LocalFromBottomRight")
+    provide(monkeypatch, "flash_attn_interface", FlashPackage(3))
+    lacks, lacks8 = KERNELS["flash3"].lacks, KERNELS["flash3_float8"].lacks
+    assert lacks
+    assert lacks8
+    assert lacks(half) is lacks(local) is None
+    provide(monkeypatch, "fa3_fwd_interface", FlashPackage(3))
+    assert lacks(half) == "the wheel fa3-fwd is built without float16; use bfloat16 or another kernel"
+    assert lacks(local) == lacks8(local) == "the wheel fa3-fwd is built without windows; use flash2 or flex"
+    assert lacks(call()) is lacks8(half) is None
+
+
+def test_sage_1_needs_whole_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks = KERNELS["sage"].lacks
+    assert lacks
+    monkeypatch.setattr(sage_attention, "installed", lambda name: "1.0.6")  # pyright: ignore
+    assert lacks(call(keys=4608)) is None
+    assert lacks(call(keys=77)) == "SageAttention 1 takes multiples of 64 keys, not 77; version 2 takes any"
+    assert "takes no BlockDiagonal" in str(lacks(call(keys=128, bias="BlockDiagonal")))
+    monkeypatch.setattr(sage_attention, "installed", lambda name: "2.2.0")  # pyright: ignore
+    assert lacks(call(keys=77)) is None
+
+
 def test_another_generation_of_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     sentence = "the flash3 kernel needs a GPU of compute capability 9.x, not 8.x"

@@ -48,6 +48,7 @@ class Case:
 
 CASES = (
     Case("self-attention"),
+    Case("whole blocks", queries=256, keys=256),
     Case("cross-attention", keys=77),
     Case("head size 40", size=40),
     Case("grouped heads", key_heads=2),

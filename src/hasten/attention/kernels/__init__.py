@@ -9,7 +9,7 @@ from hasten.attention.kernels import flash_attention as flash
 from hasten.attention.kernels.base import HALF, AttentionKernel
 from hasten.attention.kernels.flex_attention import flex
 from hasten.attention.kernels.float8 import float8_reference, reference_codes
-from hasten.attention.kernels.sage_attention import SAGE, sage
+from hasten.attention.kernels.sage_attention import SAGE, first_lacks, sage
 from hasten.attention.kernels.xformers_operator import XFORMERS, no_operator, xformers
 from hasten.core.errors import UnknownName
 
@@ -85,6 +85,7 @@ KERNELS: dict[str, AttentionKernel] = {
             largest_head=256,
             biases=_DESCRIBED,
             package=flash.FLASH3,
+            lacks=flash.wheel_lacks_half,
         ),
         AttentionKernel(
             name="flash4",
@@ -131,6 +132,7 @@ KERNELS: dict[str, AttentionKernel] = {
             biases=_DESCRIBED,
             lossy=True,
             package=flash.FLASH3,
+            lacks=flash.wheel_lacks,
         ),
         AttentionKernel(
             name="sage",
@@ -142,6 +144,7 @@ KERNELS: dict[str, AttentionKernel] = {
             biases=frozenset({"LowerTriangular"}),
             lossy=True,
             package=SAGE,
+            lacks=first_lacks,
         ),
         AttentionKernel(
             name="float8_reference",

@@ -59,6 +59,8 @@ class AttentionKernel:
     package: Package | None = None
     probe: Callable[[torch.device, torch.dtype], Obstacle | None] | None = None
     """A closer look at device and package, beyond these facts."""
+    lacks: Callable[[AttentionCall], str | None] | None = None
+    """What the installed release cannot do of a call, beyond these facts; a sentence without its end."""
     measured: bool = True
     """Is it worth timing where the kernel is chosen by measurement?"""
 
@@ -149,4 +151,5 @@ class AttentionKernel:
 @functools.lru_cache(maxsize=4096)
 def refusal(kernel: AttentionKernel, call: AttentionCall) -> str | None:
     """Why a kernel cannot serve a call, or None; remembered, since it is asked at every call."""
-    return kernel.problem(call.device, call.dtype) or next(kernel.unmet(call), None)
+    found = kernel.problem(call.device, call.dtype) or next(kernel.unmet(call), None)
+    return found or (kernel.lacks(call) if kernel.lacks and call.device.type == "cuda" else None)

@@ -16,7 +16,8 @@ from hasten.attention.bias import (
     LowerTriangular,
     LowerTriangularFromBottomRight,
 )
-from hasten.attention.kernels.packages import Package, function
+from hasten.attention.call import AttentionCall
+from hasten.attention.kernels.packages import Package, function, load
 from hasten.attention.kernels.reduction import Run
 from hasten.attention.kernels.tools import from_a_row, in_a_row, offsets, padded, token_major
 from hasten.kernels.coded_heads import CodedHeads, code_heads
@@ -71,6 +72,22 @@ def _sequences(bias: BlockDiagonal, query: torch.Tensor) -> dict[str, Any]:
 def _output(found: Any) -> torch.Tensor:
     """Some releases return the softmax's normalizer beside the result."""
     return found[0] if isinstance(found, tuple) else found  # pyright: ignore[reportUnknownVariableType]
+
+
+def wheel_lacks(call: AttentionCall) -> str | None:
+    """What the wheel fa3-fwd (0.0.3) was built without; builds of `flash_attn_interface` have it."""
+    if load(FLASH3).__name__ != FLASH3.modules[0]:
+        return None
+    if call.bias == "LocalFromBottomRight":
+        return "the wheel fa3-fwd is built without windows; use flash2 or flex"
+    return None
+
+
+def wheel_lacks_half(call: AttentionCall) -> str | None:
+    """The same for numbers of 16 bits."""
+    if call.dtype == torch.float16 and load(FLASH3).__name__ == FLASH3.modules[0]:
+        return "the wheel fa3-fwd is built without float16; use bfloat16 or another kernel"
+    return wheel_lacks(call)
 
 
 FLOAT8_SIZE = 16

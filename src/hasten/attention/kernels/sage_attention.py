@@ -10,11 +10,25 @@ from typing import Any
 import torch
 
 from hasten.attention.bias import Bias, LowerTriangular
+from hasten.attention.call import AttentionCall
 from hasten.attention.kernels.packages import Package, function
 from hasten.attention.kernels.tools import padded
 from hasten.core.packages import installed
 
 SAGE = Package("sageattention", ("sageattention",), "pip install sageattention", "sageattn", "1.0.6")
+
+
+_BLOCK = 64
+
+
+def first_lacks(call: AttentionCall) -> str | None:
+    """Version 1 counts the places after the last key of a block of 64 as keys whose score is 0."""
+    if not installed(SAGE.distribution).startswith("1."):
+        return None
+    if call.bias == "BlockDiagonal":
+        return "SageAttention 1 takes no BlockDiagonal of any lengths; version 2 does"
+    rest = call.keys % _BLOCK
+    return f"SageAttention 1 takes multiples of {_BLOCK} keys, not {call.keys}; version 2 takes any" if rest else None
 
 
 def sage(
