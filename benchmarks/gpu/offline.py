@@ -151,6 +151,17 @@ def usage(ptx: str, architecture: int) -> dict[str, int]:
 PATTERNS = {"registers": r"Used (\d+) registers", "spilled": r"(\d+) bytes spill stores"}
 
 
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each kernel and architecture: programs, the one with most registers, and all that spill."""
+    found: list[dict[str, Any]] = []
+    for key in sorted({(row["kernel"], row["sm"]) for row in rows}):
+        those = [row for row in rows if (row["kernel"], row["sm"]) == key]
+        largest = max(those, key=lambda row: row["registers"])
+        spills = {row["name"]: row["spilled_bytes"] for row in those if row["spilled_bytes"]}
+        found.append({"kernel": key[0], "sm": key[1], "programs": len(those), "largest": largest, "spills": spills})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -172,7 +183,7 @@ def main() -> None:
                 print(f"{name:40} {kernel.__name__:18} {options.get('num_warps', 4):2} warps {words}", flush=True)
                 rows.append({"name": name, "kernel": kernel.__name__, "sm": architecture, **options, **done[key]})
     if asked.out:
-        atomic_write_text(asked.out, json_text({"triton": triton.__version__, "rows": rows}))
+        atomic_write_text(asked.out, json_text({"triton": triton.__version__, "rows": summary(rows)}))
 
 
 if __name__ == "__main__":
