@@ -151,7 +151,7 @@ def test_what_is_left_to_the_rule_of_thumb() -> None:
     assert "recoded to 8-bit rows" in first(many(rows, 4096, activations="int8"))
     assert first(many(eight, 64, activations="int8")).startswith("8-bit rows, tiles of 64x128")
     assert first(many(eight, 4096, activations="int8")).startswith("8-bit rows, tiles of 128x128")
-    assert first(many(eight, 4096, activations="int8", **side)).startswith("8-bit rows, tiles of 128x256")
+    assert first(many(eight, 4096, activations="int8", **side)).startswith("8-bit rows, tiles of 128x128")
 
 
 def test_widened_on_the_way_with_rounded_tokens_and_a_side_branch() -> None:

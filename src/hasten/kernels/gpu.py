@@ -31,7 +31,7 @@ GEMV_TOKENS = 4
 """Up to how many tokens there is nothing to gain from tensor cores."""
 GROUP_TOKENS = 128
 """Up to how many tokens sums of groups are scaled one by one: 4-bit groups of 64 take an H100 0.048 ms for 64 tokens
-and 1.7 for 4608, rows of 8 bits 0.031 and 0.34; to recode the weight to such was not measured, and should take 0.04."""
+and 1.7 for 4608, rows of 8 bits 0.031 and 0.34, and recoding the weight to such with the product of 4608 0.46."""
 RECODED_BITS = 5
 """Weights of more bits are recoded only where times were measured. In rows with a long tail (Student's t, 4 degrees of
 freedom) it adds an error of 2 to 4 %: little beside the 16 % of 4-bit groups, but as much as 8-bit blocks have."""
@@ -231,13 +231,12 @@ WIDENING: tuple[Sizes, ...] = ((16, 64, 4, 4), (32, 64, 4, 3), (64, 64, 4, 3))
 
 
 def _row_tile(product: Product) -> Sizes:
-    """The tile for 8-bit rows. On an H100 squares are fastest, except for floats and with a side branch."""
+    """The tile for 8-bit rows. On an H100 squares are fastest, also with a side branch, except for floats."""
     tokens = product.x.shape[0]
     small, square, wide = ROWS
     if tokens <= 128:
         return small
-    wider = tokens > 512 and (product.down is not None or product.activations == "float8")
-    return wide if wider else square
+    return wide if tokens > 512 and product.activations == "float8" else square
 
 
 def _tiled(
