@@ -16,6 +16,8 @@ from hasten.compilation import CompileBlocks
 from hasten.core.errors import HastenError, InvalidSetting, RecipeSyntaxError, UnknownName
 from hasten.core.expression import LONGEST, load_recipe, named_recipes, parse
 from hasten.core.recipe import Recipe
+from hasten.core.resolve import resolve
+from hasten.core.target import Target
 
 ran: list[str] = []
 
@@ -179,6 +181,12 @@ def test_every_shipped_recipe_is_read_by_its_name() -> None:
     for name, recipe in named_recipes().items():
         assert load_recipe(name) == recipe
         assert parse(repr(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", ["fastest", "fastest_exact"])
+@pytest.mark.parametrize("model", ["FLUX.1-dev", "Z-Image-Turbo", "Qwen-Image", "DiT-XL-2-256"])
+def test_the_fastest_recipes_fit_transformers(name: str, model: str) -> None:
+    assert not resolve(load_recipe(name), Target.planned(model)).refusals
 
 
 def test_a_shipped_recipe_that_does_not_exist() -> None:
