@@ -188,9 +188,10 @@ def mask(steps: int, full: int) -> str:
 
 def without_cache_dit(pipeline: Any) -> None:
     """Or it would hold the model in memory while the next row runs."""
-    import cache_dit
+    if getattr(pipeline, "_is_cached", False):
+        import cache_dit
 
-    cache_dit.disable_cache(pipeline)
+        cache_dit.disable_cache(pipeline)
 
 
 def with_cache_dit(pipeline: Any, steps: str) -> None:
@@ -226,7 +227,7 @@ def measured(bench: Bench, name: str, plain: torch.Tensor | None) -> tuple[Row, 
         remover()
         if session is not None:
             session.close()
-        elif bench.full and name != "plain":
+        elif bench.full and name in PEERS:
             without_cache_dit(pipeline)
 
 
