@@ -190,7 +190,7 @@ def operate(
     up: torch.Tensor | None = None,
     rank_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same with the weight in the parts that `TENSORS` names; a single node in compiled graphs."""
+    """The same with the weight in the parts that `TENSORS` names; on a CPU a single node in compiled graphs."""
     flat = x.reshape(-1, x.shape[-1])
     facts = (list(shape), number, columns, activations, rotation)
     compute = _traced if x.is_cuda else _operator
